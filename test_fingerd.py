@@ -1,0 +1,4254 @@
+#!/usr/bin/env python3
+"""Tests of fingerd: python3 -m unittest, or for a few -k NAME.
+
+Real sockets, real processes, loopback only; no root and no network needed.
+python3 test_fingerd.py bench measures instead (see Benchmark below).
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import contextlib
+import functools
+import glob
+import gzip
+import http.server
+import importlib.util
+import itertools
+import json
+import math
+import os
+import pathlib
+import platform
+import random
+import re
+import resource
+import select
+import shlex
+import shutil
+import signal
+import socket
+import ssl
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import unittest
+import zlib
+from typing import Any, Iterable, Iterator, NamedTuple
+from unittest import mock
+
+import fingerd
+import fingerd_backends
+from fingerd_backends import FingerBackend, WebBackend
+
+HERE = pathlib.Path(__file__).resolve().parent
+PROGRAM = HERE / "fingerd.py"
+EXAMPLE = HERE / "fingerd.conf.example"
+HANG = 10       # seconds: a guard against hangs, never what a test waits for
+
+USERS = """
+[users]
+moshez = Happy and well
+alice = Login: alice\t\t\tName: Alice Liddell
+  Plan:
+  Down the rabbit hole.
+"""
+
+
+# ---- Helpers --------------------------------------------------------------
+
+def connect(address):
+    """Open a connection as a client that hangs at most HANG seconds."""
+    family = socket.AF_INET6 if len(address) == 4 else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.settimeout(HANG)
+    try:
+        sock.connect(address)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def has_ipv6():
+    """Can this system listen on ::1?"""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+def read_all(sock):
+    """Read up to the end of file."""
+    parts: list[bytes] = []
+    while True:
+        data = sock.recv(65536)
+        if not data:
+            return b"".join(parts)
+        parts.append(data)
+
+
+def ask(address, *segments):
+    """Send a query in these segments, and give the reply."""
+    with connect(address) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for segment in segments:
+            sock.sendall(segment)
+        return read_all(sock)
+
+
+def wait_until(condition, what):
+    """Poll a condition; fail after HANG seconds."""
+    deadline = time.monotonic() + HANG
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited in vain: {what}")
+        time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def config_file(text, name="fingerd.conf"):
+    """Write a config into a directory of its own; give its path."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = os.path.join(directory, name)
+        with open(path, "wb") as file:
+            file.write(text if isinstance(text, bytes) else text.encode())
+        yield path
+
+
+def read_config(text, overrides=None):
+    """Give the config of a text; raise ConfigError of it."""
+    with config_file(text) as path:
+        return fingerd.ConfigReader(path, lambda name, text: None,
+                                    overrides).read()
+
+
+def open_descriptors():
+    """Give the open descriptors of this process; none if that is unknown."""
+    for directory in ("/proc/self/fd", "/dev/fd"):
+        if os.path.isdir(directory):
+            return set(os.listdir(directory))
+    return set()
+
+
+class Serving:
+    """A server in a thread: its address, and its log."""
+
+    def __init__(self, server, log_path):
+        self.server = server
+        self.address = server.listeners[0].getsockname()
+        self.log_path = log_path
+
+    def log(self):
+        with open(self.log_path, encoding="ascii") as file:
+            return file.read().splitlines()
+
+    def ask(self, *segments):
+        return ask(self.address, *segments)
+
+    def wait_log(self, pattern, times=1):
+        """Wait until that many lines match; give the last."""
+        wait_until(lambda: sum(bool(re.search(pattern, line))
+                               for line in self.log()) >= times,
+                   f"{pattern} in the log")
+        return [line for line in self.log() if re.search(pattern, line)][-1]
+
+
+@contextlib.contextmanager
+def serving(text=USERS, backends=(), listen="127.0.0.1:0"):
+    """Serve a config in this process; nothing may be left of it after."""
+    before = len(open_descriptors()), threading.active_count()
+    with contextlib.ExitStack() as stack:
+        path = stack.enter_context(config_file(text))
+        log_path = os.path.join(os.path.dirname(path), "log")
+        log = fingerd.Log()
+        stack.callback(log.close)
+        config = fingerd.ConfigReader(path, lambda name, text: log.event(
+            "warning", "backend", name=name, text=text),
+            {"listen": listen, "to": log_path}).read()
+        config.backends += tuple(backends)
+        log.open(config.log)
+        server = fingerd.FingerServer(
+            fingerd.open_listeners(config.server.listen),
+            fingerd.Site(config, log), log)
+        stack.callback(server.server_close)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        stack.callback(thread.join, HANG)
+        stack.callback(server.shutdown)
+        yield Serving(server, log_path)
+    wait_until(lambda: len(open_descriptors()) <= before[0]
+               and threading.active_count() <= before[1],
+               "threads and descriptors to be as before")
+
+
+class Daemon:
+    """The program in a process of its own, with what it says on stderr."""
+
+    def __init__(self, process):
+        self.process = process
+        self.pid = process.pid
+        self.lines = []
+        self.reader = threading.Thread(target=self.read)
+        self.reader.start()
+
+    def read(self):
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip("\n"))
+
+    def wait_line(self, pattern, times=1):
+        """Wait until that many lines match; give the last one's match."""
+        def found():
+            return [match for match in (re.search(pattern, line)
+                                        for line in list(self.lines)) if match]
+        wait_until(lambda: len(found()) >= times
+                   or not self.reader.is_alive(), pattern)
+        if len(found()) < times:
+            raise AssertionError(f"no {pattern} in {self.lines}")
+        return found()[-1]
+
+    @property
+    def address(self):
+        """Where it listens first; waits until it does."""
+        host, port = self.wait_line(r"ready listen=([\d.]+):(\d+)").groups()
+        return host, int(port)
+
+    def stop(self, number=signal.SIGTERM):
+        """Send a signal; give the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(HANG)
+
+
+def fingerd_command(*args):
+    """Give the words that run the program on this Python."""
+    return [sys.executable, *(f"-W{option}" for option in sys.warnoptions),
+            str(PROGRAM), *args]
+
+
+def run_fingerd(*args, cwd=None):
+    """Run the program to its end; give status, stdout and stderr."""
+    done = subprocess.run(fingerd_command(*args), cwd=cwd, text=True,
+                          stdin=subprocess.DEVNULL, capture_output=True,
+                          timeout=HANG)
+    return done.returncode, done.stdout, done.stderr
+
+
+@contextlib.contextmanager
+def daemon(text=USERS, *args, **options):
+    """Run the program with a config; it must end with status 0."""
+    with config_file(text) as path:
+        process = subprocess.Popen(
+            fingerd_command("--config", path, "--listen", "127.0.0.1:0",
+                            *args),
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True, **options)
+        program = Daemon(process)
+        try:
+            yield program
+            status = program.stop()
+            if status != 0:
+                raise AssertionError(f"status {status}: {program.lines}")
+        finally:
+            process.kill()
+            process.wait()
+            program.reader.join(HANG)
+            process.stderr.close()
+    if any("Traceback" in line for line in program.lines):
+        raise AssertionError("\n".join(program.lines))
+
+
+class TestBackend:
+    """A backend that does what a test tells it."""
+
+    __test__ = False
+    waits = True
+
+    def __init__(self, action):
+        self.action = action        # called with the user and the timeout
+
+    def lookup(self, user, verbose, client, timeout):
+        return self.action(user, timeout)
+
+
+@contextlib.contextmanager
+def held():
+    """Give a backend that answers once the block has been left or set."""
+    release = threading.Event()
+    entered = threading.Semaphore(0)
+
+    def hold(user, timeout):
+        entered.release()
+        if not release.wait(HANG):
+            raise TimeoutError("nobody has released it")
+        return f"held {user}"
+    backend = TestBackend(hold)
+    backend.release, backend.entered = release, entered
+    try:
+        yield backend
+    finally:
+        release.set()
+
+
+# ---- Query ----------------------------------------------------------------
+
+def query(*users, verbose=False, hosts=()):
+    return fingerd.Query(users, verbose, tuple(hosts))
+
+
+class QueryTest(unittest.TestCase):
+    GOOD = [
+        (b"\r\n", query()),
+        (b"\n", query()),
+        (b"", query()),
+        (b"  \t \r\n", query()),
+        (b"alice\r\n", query("alice")),
+        (b"alice\n", query("alice")),
+        (b"alice\r\0", query("alice")),
+        (b"alice\r", query("alice")),
+        (b"alice", query("alice")),
+        (b" alice \r\n", query("alice")),
+        (b"\talice\t\r\n", query("alice")),
+        (b"Alice\r\n", query("Alice")),
+        (b"/W\r\n", query(verbose=True)),
+        (b"/W \r\n", query(verbose=True)),
+        (b"/w\r\n", query(verbose=True)),
+        (b"/W alice\r\n", query("alice", verbose=True)),
+        (b"/w alice\r\n", query("alice", verbose=True)),
+        (b"/W   alice\r\n", query("alice", verbose=True)),
+        (b"/W\talice\r\n", query("alice", verbose=True)),
+        (b"alice /W\r\n", query("alice", verbose=True)),
+        (b"/W alice /W\r\n", query("alice", verbose=True)),
+        (b"/Wroot\r\n", query("/Wroot")),
+        (b"/WW\r\n", query("/WW")),
+        (b"/\r\n", query("/")),
+        (b"-l\r\n", query("-l")),
+        (b"--\r\n", query("--")),
+        (b"alice bob\r\n", query("alice", "bob")),
+        (b"a b c d e f g h\r\n", query(*"abcdefgh")),
+        ("j\u00fcrgen\r\n".encode(), query("j\u00fcrgen")),
+        ("a\u00a0b\r\n".encode(), query("a\u00a0b")),
+        ("a\u2003b\r\n".encode(), query("a\u2003b")),
+        (b"\xff\xfb\x01alice\r\n", query("alice")),
+        (b"\xff\xfd\x03\xff\xfb\x0a\xff\xfb\x18alice\r\n", query("alice")),
+        (b"al\xff\xf1ice\r\n", query("alice")),
+        (b"alice\xff", query("alice")),
+        (b"alice\xff\xfb", query("alice")),
+        (b"\xff\xfa\x18\x00VT\n100\xff\xff\xff\xf0alice\r\n", query("alice")),
+        (b"alice@example.org\r\n", query("alice", hosts=["example.org"])),
+        (b"@example.org\r\n", query(hosts=["example.org"])),
+        (b"/W alice@a@b\r\n", query("alice", verbose=True, hosts="ab")),
+        (b"@\r\n", query(hosts=[""])),
+        (b"alice@\r\n", query("alice", hosts=[""])),
+        (b"alice@@b\r\n", query("alice", hosts=["", "b"])),
+        (b"alice@localhost\r\n", query("alice")),
+        (b"alice@LocalHost.\r\n", query("alice")),
+        (b"@localhost\r\n", query()),
+        (b"/W @localhost\r\n", query(verbose=True)),
+        (b"alice@localhost@localhost\r\n", query("alice")),
+        (b"alice@a@localhost\r\n", query("alice", hosts="a")),
+        (b"alice@localhost@a\r\n", query("alice", hosts=["localhost", "a"])),
+        (b"alice@@localhost\r\n", query("alice", hosts=["", "localhost"])),
+        (b"alice@localhost bob\r\n", query("alice", "bob")),
+        (b"alice bob@a\r\n", query("bob", hosts=[""])),
+        (b"@" * 300 + b"\r\n", query(hosts=[""] * 300)),
+    ]
+    MALFORMED = [
+        b"\0\r\n", b"al\0ice\r\n", b"alice\0\r\n", b"\x1b[2J\r\n",
+        b"al\x07ice\r\n", b"al\x7fice\r\n", b"a\rb\r\n", b"a\x0bb\r\n",
+        b"a\x0cb\r\n", b"\xe9\r\n", b"\xc3\r\n", b"\xed\xa0\x80\r\n",
+        b"\xc0\xaf\r\n", "a\u0085b\r\n".encode(), "a\u009bb\r\n".encode(),
+        b"\xff\xffalice\r\n", b"\xff\xff\xfb\x01alice\r\n",
+        b"/W@localhost\r\n", b"a b c d e f g h i\r\n", b"al\r\0ice\r\n",
+    ]
+
+    def test_understands_every_form_that_clients_send(self):
+        own_names = frozenset(["localhost"])
+        for line, expected in self.GOOD:
+            with self.subTest(line=line):
+                self.assertEqual(fingerd.parse_query(line, own_names),
+                                 expected)
+
+    def test_refuses_what_is_no_query(self):
+        for line in self.MALFORMED:
+            with self.subTest(line=line):
+                with self.assertRaises(fingerd.MalformedQuery):
+                    fingerd.parse_query(line)
+
+    def test_finds_the_end_of_a_line_but_none_within_telnet_commands(self):
+        for data, end in [
+                (b"alice\r\nmore\r\n", 7), (b"alice\nmore", 6),
+                (b"alice\r\0more", 7), (b"\n", 1), (b"alice", None),
+                (b"alice\r", None), (b"al\rice", None), (b"", None),
+                (b"\xff\xfb\x0aalice\n", 9), (b"\xff\xfb", None),
+                (b"\xff\xfb\x0a", None), (b"\xff", None), (b"\xff\n", None),
+                (b"\xff\xfa\x18\n\n", None), (b"\xff\xff\n", 3),
+                (b"\xff\xfa\x18\n\xff\xf0\n", 7)]:
+            with self.subTest(data=data):
+                found = fingerd.find_line_end(data)
+                self.assertEqual(found.end() if found else None, end)
+
+    def test_raises_nothing_but_malformed_query_on_noise(self):
+        seeded = random.Random(1288)
+        alphabet = [b"/W", b"@", b" ", b"\t", b"\r", b"\n", b"\0", b"\xff",
+                    b"\xfa", b"\xf0", b"\xfb", b"alice", b"localhost", b"-",
+                    b"\xc3\xa9", b"\xe2\x80\xae", b"\x1b", b".", b"*"]
+        for _ in range(20_000):
+            line = b"".join(seeded.choice(alphabet)
+                            for _ in range(seeded.randrange(12)))
+            try:
+                result = fingerd.parse_query(line)
+            except fingerd.MalformedQuery:
+                continue
+            self.assertLessEqual(len(result.users), fingerd.MAX_USERS)
+            for user in result.users:
+                self.assertNotRegex(user, r"[\0-\x20\x7f-\x9f@]")
+                self.assertNotIn(user, ("", "/W", "/w"))
+            fingerd.find_line_end(line)
+
+
+# ---- Reply ----------------------------------------------------------------
+
+class ReplyTest(unittest.TestCase):
+    def test_makes_wire_bytes_of_any_text(self):
+        for text, wire in [
+                ("", b"\r\n"), ("a", b"a\r\n"), ("a\n", b"a\r\n"),
+                ("a\r\nb\n", b"a\r\nb\r\n"), ("a\n\nb", b"a\r\n\r\nb\r\n"),
+                ("a\rb", b"a^Mb\r\n"), ("a\r\r\nb", b"a^M\r\nb\r\n"),
+                ("\ttab", b"\ttab\r\n"), ("\x1b[2J", b"^[[2J\r\n"),
+                ("\0\x07\x7f", b"^@^G^?\r\n"), ("\x9b", b"\\x9b\r\n"),
+                ("\x85", b"\\x85\r\n"), ("\u202e", b"\\u202e\r\n"),
+                ("\u2066\u2069", b"\\u2066\\u2069\r\n"),
+                ("\u2028", b"\\u2028\r\n"), ("\x0b\x0c", b"^K^L\r\n"),
+                ("\udc9b", b"\\x9b\r\n"), ("\ud800", b"\\ud800\r\n"),
+                ("j\u00fcrgen \u2603", "j\u00fcrgen \u2603\r\n".encode()),
+                ("\U0001f600", "\U0001f600\r\n".encode())]:
+            with self.subTest(text=text):
+                self.assertEqual(fingerd.to_wire(text), wire)
+
+    def test_never_lets_anything_unsafe_through(self):
+        seeded = random.Random(1288)
+        for _ in range(3000):
+            text = "".join(chr(seeded.choice([
+                seeded.randrange(0x20), seeded.randrange(0x7e, 0xa0),
+                seeded.randrange(0x2000, 0x2070), seeded.randrange(0x110000),
+                0x41, 0x0a])) for _ in range(seeded.randrange(40)))
+            wire = fingerd.to_wire(text)
+            self.assertTrue(wire.endswith(b"\r\n"))
+            self.assertNotRegex(wire.decode("utf-8"),
+                                "[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"
+                                "\u202a-\u202e\u2066-\u2069]")
+            self.assertNotRegex(wire, rb"[^\r]\n|\r[^\n]")
+
+    def test_cuts_at_a_line_and_says_so(self):
+        for data, limit, cut in [
+                (b"a\r\nb\r\n", 6, b"a\r\nb\r\n"),
+                (b"abc\r\ndefghijklmnop\r\n", 19, b"abc\r\n[truncated]\r\n"),
+                (b"abc\r\ndefghijklmnop\r\n", 18, b"abc\r\n[truncated]\r\n"),
+                (b"abc\r\ndefghijklmnop\r\n", 17, b"ab\r\n[truncated]\r\n"),
+                (b"x" * 30 + b"\r\n", 20, b"x" * 5 + b"\r\n[truncated]\r\n"),
+                (b"\xc3\xa9" * 20 + b"\r\n", 20,
+                 b"\xc3\xa9" * 2 + b"\r\n[truncated]\r\n"),
+                (b"x" * 30 + b"\r\n", 16, b"x\r\n[truncated]\r\n")]:
+            with self.subTest(data=data, limit=limit):
+                self.assertEqual(fingerd.truncate(data, limit), cut)
+                self.assertLessEqual(len(cut), limit)
+
+    def test_has_the_fixed_replies_to_the_byte(self):
+        self.assertEqual(
+            {name: reply.data for name, reply in fingerd.FIXED.items()},
+            {"unknown": b"No such user\r\n",
+             "failed": b"Internal error in server\r\n",
+             "list-denied": b"Finger online user list denied\r\n",
+             "forward-denied": b"Finger forwarding service denied\r\n",
+             "malformed": b"Malformed query\r\n",
+             "too-long": b"Query too long\r\n",
+             "denied": b"Access denied\r\n",
+             "timeout": b"Query timed out\r\n",
+             "silent": b"Query timed out\r\n",
+             "limited": b"Too many queries, try again later\r\n"})
+        self.assertEqual(
+            set(fingerd.OUTCOMES),
+            {"answered", "unknown", "failed", "timeout", "list",
+             "list-denied", "forwarded", "forward-denied", "malformed",
+             "too-long", "denied", "limited", "gone", "silent"})
+
+
+# ---- Settings -------------------------------------------------------------
+
+class SettingsTest(unittest.TestCase):
+    def errors(self, text, overrides=None):
+        """Give the messages about a config, without the path in front."""
+        with config_file(text) as path:
+            reader = fingerd.ConfigReader(path, lambda name, text: None,
+                                          overrides)
+            with self.assertRaises(fingerd.ConfigError) as caught:
+                reader.read()
+            return str(caught.exception).replace(path, "FILE").split("\n")
+
+    def test_has_defaults_for_an_empty_file(self):
+        config = read_config("")
+        self.assertEqual(config.server.listen, (("localhost", 1079),))
+        self.assertEqual(config.limits.timeout, 10)
+        self.assertEqual(config.limits.max_reply, 65536)
+        self.assertEqual(config.server.forward, {})
+        self.assertIs(config.server.user_list, False)
+        self.assertEqual([name for name, _ in config.backends], ["users"])
+
+    def test_converts_values(self):
+        for kind, text, value in [
+                ("yes/no", "Yes", True), ("yes/no", "on", True),
+                ("yes/no", "1", True), ("yes/no", "FALSE", False),
+                ("seconds", "1.5", 1.5), ("period", "0", 0.0),
+                ("size", "2K", 2048), ("size", "1m", 1 << 20),
+                ("size", "16", 16), ("count", "1", 1), ("limit", "0", 0),
+                ("words", " a  b ", ("a", "b")), ("hosts", "A b", ("a", "b")),
+                ("addresses", "*:79 [::1]:80 h:0",
+                 (("*", 79), ("::1", 80), ("h", 0))),
+                ("next hops", "no", {}),
+                ("next hops", "A.example b:7 [::1]",
+                 {"a.example": 79, "b": 7, "::1": 79}),
+                ("backends", "users web:staff", ("users", "web:staff")),
+                ("level", "DEBUG", "debug")]:
+            with self.subTest(kind=kind, text=text):
+                self.assertEqual(fingerd.KINDS[kind].convert(text), value)
+
+    def test_rejects_values(self):
+        for kind, text in [
+                ("yes/no", "maybe"), ("yes/no", ""), ("seconds", "ten"),
+                ("seconds", "0"), ("seconds", "-1"), ("seconds", "1e3"),
+                ("seconds", "9" * 400), ("seconds", "\u0661"),
+                ("size", "15"), ("size", "1G"), ("size", "64 K"),
+                ("size", "9999999999M"), ("count", "0"), ("count", "1_0"),
+                ("limit", "-1"), ("limit", "12345678901"),
+                ("networks", "10.0.0.1/8"), ("networks", "x"),
+                ("addresses", ""), ("addresses", "localhost"),
+                ("addresses", "::1:79"), ("addresses", "h:65536"),
+                ("addresses", "h:-1"), ("addresses", ":79"),
+                ("next hops", "yes"), ("next hops", ""),
+                ("next hops", "a:b"), ("backends", ""),
+                ("backends", "users users"), ("level", "loud"), ("log", "")]:
+            with self.subTest(kind=kind, text=text):
+                with self.assertRaises(ValueError):
+                    fingerd.KINDS[kind].convert(text)
+
+    def test_every_kind_has_an_example_that_is_one(self):
+        for name, kind in fingerd.KINDS.items():
+            with self.subTest(kind=name):
+                kind.convert(kind.example)
+
+    def test_tells_all_errors_in_line_order_with_their_count(self):
+        self.assertEqual(self.errors("""
+stray = 1
+[server]
+listen = nowhere
+  indented = 1
+user_list = perhaps
+bakend = users
+[limits]
+timeout = ten
+timeout = 5
+max_client = 5
+ what = this
+nonsense
+= nothing
+[server]
+[serve]
+[broken
+"""), [
+            "FILE:2: stray: stands in no section; write its [section] above"
+            " it",
+            "FILE:5: indented line outside a text value; write it without"
+            " spaces in front",
+            'FILE:6: user_list: "perhaps" is neither yes nor no; write e.g.'
+            ' user_list = yes',
+            "FILE:7: bakend: no such setting of [server]; did you mean"
+            " backend?",
+            'FILE:9: timeout: "ten" is not a number of seconds; write e.g.'
+            ' timeout = 10',
+            "FILE:10: timeout: stands on line 9 already; keep one of the two",
+            "FILE:11: max_client: no such setting of [limits]; did you mean"
+            " max_clients?",
+            'FILE:13: "nonsense" is neither a section nor a setting; write'
+            ' [section] or name = value',
+            'FILE:14: "= nothing" is neither a section nor a setting; write'
+            ' [section] or name = value',
+            "FILE:15: [server]: stands on line 3 already; make them one",
+            "FILE:16: [serve]: no such section; did you mean [server]?",
+            'FILE:17: "[broken" is no section; write [name]',
+            "12 errors in FILE, not started"])
+
+    def test_tells_one_error(self):
+        self.assertEqual(
+            self.errors("[limits]\ntimeout = 10 ; seconds\n"),
+            ['FILE:2: timeout: "10 ; seconds" is not a number of seconds;'
+             ' write e.g. timeout = 10', "1 error in FILE, not started"])
+
+    def test_names_the_option_of_the_command_line(self):
+        self.assertEqual(
+            self.errors("", {"listen": "here"}),
+            ['--listen: "here" is not host:port or [v6 address]:port; write'
+             ' e.g. --listen localhost:1079', "1 error in FILE, not started"])
+
+    def test_rejects_unknown_backends(self):
+        self.assertEqual(
+            self.errors("[server]\nbackend = user\n")[0],
+            'FILE:2: backend: "user" is no backend; did you mean users?')
+
+    def test_rejects_a_setting_in_the_default_section_of_configparser(self):
+        self.assertEqual(self.errors("[DEFAULT]\ntimeout = 1\n")[0][:20],
+                         "FILE:1: [DEFAULT]: n")
+
+    def test_reports_what_a_backend_says_of_its_options(self):
+        errors = self.errors("[server]\nbackend = finger\n[finger]\n"
+                             "# here\ncommand = no-such-program-79\n")
+        self.assertRegex(errors[0], "^FILE:5: command: .*no-such-program-79")
+
+    def test_checks_the_sections_of_backends_that_are_not_used(self):
+        self.assertEqual(
+            self.errors("[web:x]\ncashe = 1\n")[0],
+            "FILE:2: cashe: no such setting of [web:x]; did you mean cache?")
+
+    def test_rejects_users_that_nobody_can_ask_for(self):
+        self.assertEqual(
+            self.errors("[users]\nal ice = x\nal@ice = x\nalice = 1\n"
+                        "Alice = 2\n"),
+            ["FILE:2: al ice: nobody can ask for it; write a name without"
+             " spaces and @",
+             "FILE:3: al@ice: nobody can ask for it; write a name without"
+             " spaces and @",
+             "FILE:5: Alice: stands on line 4 already; keep one of the two",
+             "3 errors in FILE, not started"])
+
+    def test_keeps_the_lines_of_texts(self):
+        config = read_config("\ufeff[users]\r\na = one\r\n"
+                             "  two\r\n    three\r\n\r\n# no text\r\n"
+                             "  # text\r\n four\r\n\r\n\r\nb =\r\n\tonly\r\n"
+                             "c = 100% = all\r\nd =\r\n")
+        replies = config.backends[0][1].replies
+        self.assertEqual(replies, {
+            "a": b"one\r\ntwo\r\n  three\r\n\r\n# text\r\nfour\r\n",
+            "b": b"only\r\n", "c": b"100% = all\r\n", "d": b"\r\n"})
+
+    def test_says_when_a_file_cannot_be_read(self):
+        missing = os.path.join(tempfile.gettempdir(), "no", "such.conf")
+        for path, message in [
+                (missing, "cannot read the config: no such file or directory:"
+                          f" {missing}; name another with --config"),
+                (str(HERE), "cannot read the config: is a directory:"
+                            f" {HERE}; name another with --config")]:
+            with self.assertRaises(fingerd.ConfigError) as caught:
+                fingerd.ConfigReader(path, lambda name, text: None).read()
+            self.assertEqual(str(caught.exception), message)
+
+    def test_says_when_a_file_is_not_utf_8(self):
+        self.assertEqual(self.errors(b"[users]\na = \xe9\n"),
+                         ["FILE is not UTF-8; convert it, e.g. with iconv -f"
+                          " latin1 -t utf-8"])
+
+    def test_raises_nothing_but_config_error_on_noise(self):
+        seeded = random.Random(1288)
+        pieces = ["[", "]", "server", "users", "web", "limits", "=", "\n",
+                  " ", "timeout", "10", "listen", "#", "\t", ":", "alice",
+                  "\r", "\0", "\u00e9", "[server]\n", "[users]\n", "{user}",
+                  "backend = users\n", "allow", "/", "::1"]
+        for _ in range(1500):
+            text = "".join(seeded.choice(pieces)
+                           for _ in range(seeded.randrange(30)))
+            with contextlib.suppress(fingerd.ConfigError):
+                read_config(text)
+
+    def test_tables_of_settings_convert_their_own_defaults(self):
+        classes = fingerd.load_backends()
+        rows = [*fingerd.SETTINGS, *(
+            fingerd.Setting(name, *row) for name, cls in classes.items()
+            for row in cls.settings or ())]
+        for row in rows:
+            with self.subTest(setting=row.name):
+                fingerd.KINDS[row.kind].convert(row.default)
+
+
+class ExampleTest(unittest.TestCase):
+    """The example config, the README and --help against the tables."""
+
+    def rows(self):
+        return [*fingerd.SETTINGS, *(
+            fingerd.Setting(name, *row)
+            for name, cls in fingerd.load_backends().items()
+            for row in cls.settings or ())]
+
+    def test_example_has_one_user_and_is_all_default_else(self):
+        example, empty = read_config(EXAMPLE.read_text()), read_config("")
+        for section in {row.section for row in fingerd.SETTINGS}:
+            self.assertEqual(getattr(example, section),
+                             getattr(empty, section))
+        self.assertEqual(example.backends[0][1].replies,
+                         {"moshez": b"Happy and well\r\n"})
+        live = [line for line in EXAMPLE.read_text().splitlines()
+                if line and line[0] not in "#["]
+        self.assertEqual(live, ["moshez = Happy and well"])
+
+    def test_example_names_every_setting_once_with_its_default(self):
+        section, shown = "", []
+        for line in EXAMPLE.read_text().splitlines():
+            if re.fullmatch(r"#?\[\w+\]", line):
+                section = line.strip("#[]")
+            elif re.match(r"#\w", line):
+                name, _, default = line[1:].partition("=")
+                shown.append((section, name.strip(), default.strip()))
+        self.assertEqual(sorted(shown), sorted(
+            (row.section, row.name, row.default) for row in self.rows()))
+
+    def test_example_is_still_the_default_when_uncommented(self):
+        text = re.sub(r"(?m)^#(?=[\w\[])", "", EXAMPLE.read_text())
+        config, empty = read_config(text), read_config("")
+        for section in {row.section for row in fingerd.SETTINGS}:
+            self.assertEqual(getattr(config, section),
+                             getattr(empty, section))
+
+    def test_example_stays_within_its_columns(self):
+        for path in (EXAMPLE, HERE / "README"):
+            for line in path.read_text().splitlines():
+                self.assertLessEqual(len(line), 76, line)
+
+    def test_help_lists_every_option_and_setting(self):
+        status, out, err = run_fingerd("--help")
+        self.assertEqual((status, err), (0, ""))
+        for row in self.rows():
+            self.assertIn(f"  {row.name} = {row.default}".rstrip(), out)
+        for option in ("--config", "--listen", "-l", "--logfile", "--check",
+                       "--query", "--from", "--version", "--help"):
+            self.assertIn(option, out)
+
+    def test_readme_commands_do_what_it_says(self):
+        readme = (HERE / "README").read_text()
+        self.assertIn("$ python3 fingerd.py --config fingerd.conf.example\n",
+                      readme)
+        with subprocess.Popen(
+                fingerd_command("--config", "fingerd.conf.example",
+                                "--listen", "127.0.0.1:0"),
+                cwd=HERE, stderr=subprocess.PIPE, text=True) as process:
+            program = Daemon(process)
+            self.assertEqual(ask(program.address, b"moshez\r\n"),
+                             b"Happy and well\r\n")
+            self.assertEqual(program.stop(signal.SIGINT), 0)
+            program.reader.join(HANG)
+        commands = re.findall(r"\$ python3 fingerd\.py (.*(?:\\\n.*)?)\n",
+                              readme)
+        ran = 0
+        for command in commands:
+            if "--query" in command or "--check" in command:
+                status, out, err = run_fingerd(
+                    *re.findall(r"'[^']*'|\S+", command.replace("\\\n", " ")
+                                .replace("'", "")) if "'" not in command
+                    else ["--config", "fingerd.conf.example", "--query",
+                          "/W moshez", "--from", "192.0.2.7"], cwd=HERE)
+                self.assertEqual((status, err), (0, ""), command)
+                self.assertIn(out, ("Happy and well\n",
+                                    "fingerd.conf.example is good\n"))
+                ran += 1
+        self.assertEqual(ran, 3)
+
+
+# ---- Log ------------------------------------------------------------------
+
+class LogTest(unittest.TestCase):
+    def lines(self, write, to=None, **settings):
+        """Give the lines of a log that a function has written to."""
+        with tempfile.TemporaryDirectory() as directory:
+            path = os.path.join(directory, "log")
+            log = fingerd.Log()
+            values = {"to": path, "format": "text", "level": "info"}
+            log.open(fingerd.types.SimpleNamespace(**{**values, **settings}))
+            write(log)
+            log.close()
+            return pathlib.Path(path).read_text("ascii").splitlines()
+
+    def test_writes_the_line_of_a_query(self):
+        reply = fingerd.Reply("answered", b"x" * 412, "users")
+        line, = self.lines(lambda log: log.query(
+            "192.0.2.7", 51123, b"/W alice", reply, 412, 3))
+        self.assertRegex(line, r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ query")
+        self.assertEqual(
+            line.partition(" ")[2],
+            'query client=192.0.2.7 port=51123 q="/W alice" outcome=answered'
+            ' backend=users bytes=412 ms=3')
+
+    def test_writes_the_same_keys_as_json(self):
+        reply = fingerd.Reply("answered", b"x" * 412, "users")
+        line, = self.lines(lambda log: log.query(
+            "192.0.2.7", 51123, 'a"\n\u00e9\x1b'.encode() + b"\xe9", reply,
+            412, 3), format="json")
+        fields = json.loads(line)
+        self.assertRegex(fields.pop("time"), r"^\d{4}-.*Z$")
+        self.assertEqual(list(fields), ["event", "client", "port", "q",
+                                        "outcome", "backend", "bytes", "ms"])
+        self.assertEqual(fields["q"], 'a"\n\u00e9\x1b\\xe9')
+        self.assertEqual((fields["event"], fields["bytes"]), ("query", 412))
+
+    def test_quotes_what_could_break_a_line_or_a_value(self):
+        for text, quoted in [
+                ("plain", '"plain"'), ("", '""'), ('a"b', '"a\\"b"'),
+                ("a\\b", '"a\\\\b"'), ("\x1b[2J", '"\\x1b[2J"'),
+                ("a\r\nquery x=1", '"a\\x0d\\x0aquery x=1"'),
+                ("\u00e9", '"\\xc3\\xa9"'), ("\udce9", '"\\xe9"'),
+                ("\ud800", '"\\xed\\xa0\\x80"'), ("\0\x7f", '"\\x00\\x7f"')]:
+            with self.subTest(text=text):
+                self.assertEqual(fingerd.quote(text), quoted)
+
+    def test_quotes_the_fields_of_other_events(self):
+        line, = self.lines(lambda log: log.event(
+            "warning", "failed", backend="web", reason="no\nroute", n=1,
+            empty="", pair="a=b"))
+        self.assertEqual(line.partition(" ")[2],
+                         'failed backend=web reason="no\\x0aroute" n=1'
+                         ' empty="" pair="a=b"')
+
+    def test_leaves_out_what_is_below_its_level(self):
+        def write(log):
+            for level in fingerd.LEVELS:
+                log.event(level, level)
+            log.query("h", 1, b"", fingerd.FIXED["unknown"], 0, 0)
+        self.assertEqual([line.split()[1] for line in
+                          self.lines(write, level="warning")],
+                         ["warning", "error"])
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full here")
+    def test_survives_a_full_disk_and_tells_what_was_lost(self):
+        def write(log):
+            good = os.dup(log.fd)
+            full = os.open("/dev/full", os.O_WRONLY)
+            os.dup2(full, log.fd)
+            log.event("info", "one")
+            log.event("info", "two")
+            os.dup2(good, log.fd)
+            log.event("info", "three")
+            log.event("info", "four")
+            os.close(full)
+            os.close(good)
+        self.assertEqual([line.partition(" ")[2]
+                          for line in self.lines(write)],
+                         ["lost lines=2", "three", "four"])
+
+    def test_keeps_the_old_file_when_a_new_one_cannot_be_opened(self):
+        def write(log):
+            bad = fingerd.types.SimpleNamespace(
+                to=os.path.join(os.sep, "no", "such", "log"), format="text",
+                level="error")
+            with self.assertRaises(OSError):
+                log.open(bad)
+            log.event("info", "still")
+        self.assertEqual([line.split()[1] for line in self.lines(write)],
+                         ["still"])
+
+
+# ---- Server ---------------------------------------------------------------
+
+UNKNOWN = b"No such user\r\n"
+FAILED = b"Internal error in server\r\n"
+HAPPY = b"Happy and well\r\n"
+ALICE = (b"Login: alice\t\t\tName: Alice Liddell\r\nPlan:\r\n"
+         b"Down the rabbit hole.\r\n")
+
+
+class AnswerTest(unittest.TestCase):
+    """What clients get, over real sockets."""
+
+    def test_answers_every_form_of_the_query_line(self):
+        with serving() as server:
+            for segments, reply in [
+                    ([b"moshez\r\n"], HAPPY), ([b"MosheZ\n"], HAPPY),
+                    ([b"/W ", b"moshez", b"\r\n"], HAPPY),
+                    ([b"m", b"o", b"shez", b"\r", b"\n"], HAPPY),
+                    ([b"moshez\r\0"], HAPPY), ([b"moshez /W\r\n"], HAPPY),
+                    ([b"\xff\xfd\x03\xff\xfb\x0a", b"moshez\r\n"], HAPPY),
+                    ([b"\xff", b"\xfb", b"\x0amoshez\r\n"], HAPPY),
+                    ([b"alice\r\n"], ALICE), ([b"bob\r\n"], UNKNOWN),
+                    ([b"moshez bob alice\r\n"],
+                     HAPPY + b"\r\n" + UNKNOWN + b"\r\n" + ALICE),
+                    ([b"bob bill\r\n"], UNKNOWN + b"\r\n" + UNKNOWN),
+                    ([b"moshez@localhost\r\n"], HAPPY),
+                    ([b"moshez@127.0.0.1\r\n"], HAPPY),
+                    ([b"moshez@[127.0.0.1]\r\n"], HAPPY),
+                    ([socket.gethostname().encode().join(
+                        [b"moshez@", b"\r\n"])], HAPPY),
+                    ([b"moshez\r\nalice\r\n"], HAPPY),
+                    ([b"\r\n"], b"Finger online user list denied\r\n"),
+                    ([b"/W\r\n"], b"Finger online user list denied\r\n"),
+                    ([b"@localhost\r\n"],
+                     b"Finger online user list denied\r\n"),
+                    ([b"a@example.org\r\n"],
+                     b"Finger forwarding service denied\r\n"),
+                    ([b"@\r\n"], b"Finger forwarding service denied\r\n"),
+                    ([b"a@@localhost\r\n"],
+                     b"Finger forwarding service denied\r\n"),
+                    ([b"a\0b\r\n"], b"Malformed query\r\n"),
+                    ([b"\xe9\r\n"], b"Malformed query\r\n"),
+                    ([b"a b c d e f g h i\r\n"], b"Malformed query\r\n"),
+                    ([b"x" * 512 + b"\r\n"], UNKNOWN),
+                    ([b"x" * 512, b"\r", b"\n"], UNKNOWN),
+                    ([b"x" * 513 + b"\r\n"], b"Query too long\r\n"),
+                    ([b"x" * 513 + b"\n"], b"Query too long\r\n"),
+                    ([b"x" * 200, b"x" * 200, b"x" * 200],
+                     b"Query too long\r\n"),
+                    ([b"moshez " * 100 + b"\r\n"], b"Query too long\r\n")]:
+                with self.subTest(segments=segments):
+                    self.assertEqual(server.ask(*segments), reply)
+
+    def test_answers_a_line_that_ends_with_the_file(self):
+        with serving() as server:
+            for line, reply in [(b"moshez", HAPPY), (b"moshez\r", HAPPY),
+                                (b"", b"")]:
+                with connect(server.address) as sock:
+                    sock.sendall(line)
+                    sock.shutdown(socket.SHUT_WR)
+                    self.assertEqual(read_all(sock), reply)
+            server.wait_log('q="" outcome=silent backend=- bytes=0')
+
+    def test_waits_for_segments_that_come_late(self):
+        with serving() as server, connect(server.address) as sock:
+            sock.sendall(b"mos")
+            wait_until(lambda: server.server.clients["reading"], "the state")
+            sock.sendall(b"hez\r\n")
+            self.assertEqual(read_all(sock), HAPPY)
+
+    def test_logs_a_line_for_each_connection(self):
+        with serving() as server:
+            server.ask(b"/W moshez\r\n")
+            server.ask(b"al\x1b\"\r\n")
+            server.ask(b"moshez bob\r\n")
+            server.wait_log("query", 3)
+            lines = [re.sub(r"^\S+ (.*) port=\d+(.*) ms=\d+", r"\1\2", line)
+                     for line in server.log()]
+        self.assertEqual(lines, [
+            'query client=127.0.0.1 q="/W moshez" outcome=answered'
+            ' backend=users bytes=16',
+            r'query client=127.0.0.1 q="al\x1b\"" outcome=malformed'
+            ' backend=- bytes=17',
+            'query client=127.0.0.1 q="moshez bob" outcome=answered'
+            ' backend=users bytes=32'])
+
+    def test_lists_users_when_the_config_allows_it(self):
+        with serving("[server]\nuser_list = yes\n" + USERS) as server:
+            expected = (b"moshez  Happy and well\r\n"
+                        b"alice   Login: alice\t\t\tName: Alice Liddell\r\n")
+            self.assertEqual(server.ask(b"\r\n"), expected)
+            self.assertEqual(server.ask(b"/W \r\n"), expected)
+            server.wait_log("outcome=list backend=users")
+
+    def test_says_the_list_is_denied_when_no_backend_has_one(self):
+        with serving("[server]\nuser_list = yes\nbackend = finger\n[finger]\n"
+                     f"command = {sys.executable}\n") as server:
+            self.assertEqual(server.ask(b"\r\n"),
+                             b"Finger online user list denied\r\n")
+
+    def test_welcomes_instead_of_a_list(self):
+        with serving("[server]\nwelcome = Ask for moshez\n   or alice\n"
+                     "user_list = yes\n" + USERS) as server:
+            self.assertEqual(server.ask(b"\r\n"),
+                             b"Ask for moshez\r\nor alice\r\n")
+
+    def test_puts_header_and_footer_around_answers_only(self):
+        with serving("[server]\nheader = above\nfooter = below\n"
+                     + USERS) as server:
+            self.assertEqual(server.ask(b"moshez\r\n"),
+                             b"above\r\n" + HAPPY + b"below\r\n")
+            self.assertEqual(server.ask(b"bob\r\n"), UNKNOWN)
+
+    def test_truncates_long_replies_at_a_line(self):
+        text = "".join(f"\n line {n}" for n in range(100))
+        with serving("[limits]\nmax_reply = 100\n[users]\nlong =" + text
+                     ) as server:
+            reply = server.ask(b"long\r\n")
+            self.assertLessEqual(len(reply), 100)
+            self.assertRegex(reply, rb"^line 0\r\nline 1\r\n(line \d+\r\n)*"
+                                    rb"\[truncated\]\r\n$")
+            self.assertLessEqual(len(server.ask(b"long long long\r\n")), 100)
+
+    def test_knows_its_configured_names_instead_of_the_systems(self):
+        with serving("[server]\nhostname = Finger.example.org\n"
+                     + USERS) as server:
+            self.assertEqual(server.ask(b"moshez@finger.EXAMPLE.org\r\n"),
+                             HAPPY)
+            self.assertEqual(
+                server.ask(f"moshez@{socket.gethostname()}\r\n".encode()),
+                b"Finger forwarding service denied\r\n")
+
+    def test_allows_and_denies_by_network(self):
+        for policy, host, allowed in [
+                ("allow = 127.0.0.0/8", "127.0.0.1", True),
+                ("allow = 192.0.2.0/24", "127.0.0.1", False),
+                ("deny = 127.0.0.1", "127.0.0.1", False),
+                ("deny = 192.0.2.0/24", "127.0.0.1", True),
+                ("allow = 127.0.0.0/8\ndeny = 127.0.0.1", "127.0.0.1", False),
+                ("allow = 2001:db8::/32", "2001:db8::1", True),
+                ("allow = ::/0", "127.0.0.1", False),
+                ("allow = 192.0.2.0/24", "::ffff:192.0.2.1", True),
+                ("deny = fe80::/10", "fe80::1%eth0", False)]:
+            with self.subTest(policy=policy, host=host):
+                text = f"[server]\n{policy}\n{USERS}"
+                site = fingerd.Site(read_config(text), fingerd.Log())
+                self.assertIs(site.allows(fingerd.plain_address(host)),
+                              allowed)
+        with serving("[server]\ndeny = 127.0.0.0/8\n" + USERS) as server:
+            self.assertEqual(server.ask(b"moshez\r\n"), b"Access denied\r\n")
+            server.wait_log('q="" outcome=denied')
+
+    def test_counts_an_ipv6_network_as_one_address(self):
+        key = fingerd.address_key
+        self.assertEqual(key("192.0.2.1"), "192.0.2.1")
+        self.assertEqual(key("2001:db8:1:2::1"), key("2001:db8:1:2:3::"))
+        self.assertNotEqual(key("2001:db8:1:2::1"), key("2001:db8:1:3::1"))
+
+    @unittest.skipUnless(has_ipv6(), "this system has no ::1")
+    def test_listens_on_ipv6(self):
+        with serving(listen="[::1]:0") as server:
+            self.assertEqual(server.ask(b"moshez@::1\r\n"), HAPPY)
+            self.assertEqual(server.ask(b"moshez@[::1]\r\n"), HAPPY)
+            server.wait_log(r"client=::1 port=\d+ ", 2)
+
+
+class BackendsTest(unittest.TestCase):
+    """The chain of backends, and backends that fail, wait or lie."""
+
+    def ask_backend(self, action, line=b"bob\r\n", text=USERS):
+        """Give the reply with a backend behind users, and the log."""
+        with serving(text, [("test", TestBackend(action))]) as server:
+            reply = server.ask(line)
+            server.wait_log("query")
+            return reply, server.log()
+
+    def test_asks_in_order_and_the_first_that_knows_answers(self):
+        asked = []
+
+        def second(user, timeout):
+            asked.append(user)
+            return f"second {user}" if user != "carol" else None
+        reply, log = self.ask_backend(second, b"moshez bob carol\r\n")
+        self.assertEqual(reply, HAPPY + b"\r\nsecond bob\r\n\r\n" + UNKNOWN)
+        self.assertEqual(asked, ["bob", "carol"])
+        self.assertIn(" outcome=answered backend=users,test ", log[0])
+
+    def test_gives_backends_the_time_that_is_left(self):
+        times = []
+
+        def note(user, timeout):
+            times.append(timeout)
+        self.ask_backend(note, text="[limits]\ntimeout = 7\n" + USERS)
+        self.assertTrue(6 < times[0] <= 7, times)
+
+    def test_a_failure_ends_the_search_and_is_logged(self):
+        def fail(user, timeout):
+            raise OSError("the origin\nis away")
+        reply, log = self.ask_backend(fail)
+        self.assertEqual(reply, FAILED)
+        self.assertIn(r'failed backend=test client=127.0.0.1 reason="the'
+                      r' origin\x0ais away"', log[0])
+        self.assertIn(" outcome=failed backend=test ", log[1])
+
+    def test_a_bug_is_logged_with_its_traceback_in_one_line(self):
+        for answer in (lambda: 1 / 0, lambda: 79, lambda: ["text"]):
+            reply, log = self.ask_backend(lambda user, timeout: answer())
+            self.assertEqual(reply, FAILED)
+            self.assertRegex(log[0], 'bug backend=test .*traceback="Trace')
+            self.assertEqual(len(log), 2)
+
+    def test_cuts_a_flood(self):
+        reply, _ = self.ask_backend(lambda user, timeout: "0123456\n" * 10**6)
+        self.assertLessEqual(len(reply), 65536)
+        self.assertTrue(reply.endswith(b"\r\n0123456\r\n[truncated]\r\n"))
+
+    def test_shows_control_characters_of_backends(self):
+        reply, _ = self.ask_backend(lambda user, timeout: "\x1b[2J\u202e\r\n")
+        self.assertEqual(reply, b"^[[2J\\u202e\r\n")
+
+    def test_a_slow_backend_holds_nobody_else_up(self):
+        with held() as backend, serving(
+                USERS, [("held", backend)]) as server:
+            with connect(server.address) as slow:
+                slow.sendall(b"bob\r\n")
+                self.assertTrue(backend.entered.acquire(timeout=HANG))
+                self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+                backend.release.set()
+                self.assertEqual(read_all(slow), b"held bob\r\n")
+
+    def test_asks_at_most_max_threads_at_a_time_and_in_order(self):
+        asked, gate = [], threading.Semaphore(0)
+
+        def note(user, timeout):
+            asked.append(user)
+            self.assertTrue(gate.acquire(timeout=HANG))
+            return user
+        with serving("[limits]\nmax_threads = 2\n" + USERS,
+                     [("test", TestBackend(note))]) as server:
+            socks = []
+            for n in range(6):
+                socks.append(connect(server.address))
+                socks[-1].sendall(b"u%d\r\n" % n)
+                wait_until(lambda: len(asked) == min(n + 1, 2) and sum(
+                    len(server.server.clients[state])
+                    for state in ("queued", "asking")) == n + 1, "a query")
+            self.assertEqual(server.server.lookups, 2)
+            for n in range(6):
+                gate.release()
+                wait_until(lambda: len(asked) == min(n + 3, 6), "the next")
+            for n, sock in enumerate(socks):
+                self.assertEqual(read_all(sock), b"u%d\r\n" % n)
+                sock.close()
+        self.assertEqual(sorted(asked[:2]), ["u0", "u1"])
+        self.assertEqual(asked[2:], ["u2", "u3", "u4", "u5"])
+
+    def test_a_backend_that_hangs_costs_its_client_only_the_deadline(self):
+        with held() as backend, serving(
+                "[limits]\ntimeout = 0.1\nmax_threads = 1\n" + USERS,
+                [("held", backend)]) as server:
+            with connect(server.address) as first:
+                first.sendall(b"bob\r\n")
+                self.assertTrue(backend.entered.acquire(timeout=HANG))
+                self.assertEqual(server.ask(b"carol\r\n"), FAILED)
+                self.assertEqual(read_all(first), FAILED)
+            server.wait_log(r'reason="no backend answered in time \(asking\)')
+            server.wait_log(r'reason="no backend answered in time \(queued\)')
+            self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+            backend.release.set()
+            wait_until(lambda: server.server.lookups == 0, "the thread")
+            self.assertEqual(
+                len([line for line in server.log() if "query" in line]), 3)
+            self.assertEqual(server.ask(b"carol\r\n"), b"held carol\r\n")
+
+    def test_a_client_that_leaves_while_a_backend_works_is_no_trouble(self):
+        with held() as backend, serving(
+                USERS, [("held", backend)]) as server:
+            with connect(server.address) as sock:
+                sock.sendall(b"bob\r\n")
+                self.assertTrue(backend.entered.acquire(timeout=HANG))
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                struct.pack("ii", 1, 0))
+            backend.release.set()
+            server.wait_log('q="bob" outcome=gone backend=- bytes=0')
+
+
+class ForwardTest(unittest.TestCase):
+    # 127.1 is 127.0.0.1 as a host with a name that is not this server's own.
+
+    def test_hands_a_query_on_and_the_answer_back(self):
+        with serving() as hop, serving(
+                f"[server]\nforward = 127.1:{hop.address[1]}\nheader = above\n"
+                "[users]\nmoshez = not this one\n") as server:
+            for line, reply in [
+                    (b"moshez@127.1\r\n", HAPPY),
+                    (b"moshez@127.1.@localhost\r\n", HAPPY),
+                    (b"/W moshez@127.1\r\n", HAPPY),
+                    (b"bob@127.1\r\n", UNKNOWN),
+                    (b"@127.1\r\n", b"Finger online user list denied\r\n"),
+                    (b"moshez@example.org@127.1\r\n",
+                     b"Finger forwarding service denied\r\n"),
+                    (b"moshez@@127.1\r\n",
+                     b"Finger forwarding service denied\r\n"),
+                    (b"moshez@127.1@example.org\r\n",
+                     b"Finger forwarding service denied\r\n"),
+                    (b"moshez alice@127.1\r\n",
+                     b"Finger forwarding service denied\r\n")]:
+                with self.subTest(line=line):
+                    self.assertEqual(server.ask(line), reply)
+            server.wait_log("outcome=forwarded", 6)
+            hop.wait_log('q="/W moshez"')
+            hop.wait_log('q="" outcome=list-denied')
+            hop.wait_log('q="moshez@example.org"')
+
+    def ask_hop(self, said, limits="", close=True):
+        """Forward to a server that says this; give the reply, and the log."""
+        def run():
+            sock, _ = listener.accept()
+            with sock, contextlib.suppress(OSError):
+                sock.recv(1000)
+                for part in [said] if isinstance(said, bytes) else said:
+                    sock.sendall(part)
+                if not close:
+                    done.wait(HANG)
+        done = threading.Event()
+        with socket.create_server(("127.0.0.1", 0)) as listener, serving(
+                f"[limits]\n{limits}\n[server]\n"
+                f"forward = 127.1:{listener.getsockname()[1]}\n") as server:
+            hop = threading.Thread(target=run)
+            hop.start()
+            reply = server.ask(b"x@127.1\r\n")
+            server.wait_log("query")
+            done.set()
+            hop.join(HANG)
+            return reply, server.log()
+
+    def test_filters_and_cuts_what_the_next_hop_says(self):
+        self.assertEqual(self.ask_hop(b"\x1b[2J\x9b\nx")[0],
+                         b"^[[2J\\x9b\r\nx\r\n")
+        self.assertEqual(self.ask_hop(b"")[0], b"\r\n")
+        self.assertTrue(self.ask_hop(b"0123456\n" * 9000)[0].endswith(
+            b"\r\n0123456\r\n[truncated]\r\n"))
+
+    def test_leaves_a_next_hop_that_floods_or_drips(self):
+        for part, pause, limits, expected in [
+                (b"0123456\n" * 9000, 0, "", b"\r\n[truncated]\r\n"),
+                (b"x", 0.02, "timeout = 0.2", FAILED)]:
+            parts: list[bytes] = []
+
+            def endless():
+                while len(parts) < 500:     # 36 MB, or 10 seconds
+                    parts.append(part)
+                    time.sleep(pause)
+                    yield part
+            reply, _ = self.ask_hop(endless(), limits)
+            self.assertTrue(reply.endswith(expected))
+            self.assertLess(len(parts), 250)
+
+    def test_gives_up_on_a_next_hop_that_hangs_or_is_away(self):
+        reply, log = self.ask_hop(b"some", "timeout = 0.2", close=False)
+        self.assertEqual(reply, FAILED)
+        self.assertRegex(log[0], r'failed forward="?127\.1:\d+"? .*reason=')
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        with serving(f"[server]\nforward = 127.1:{port}\n") as server:
+            self.assertEqual(server.ask(b"x@127.1\r\n"), FAILED)
+            server.wait_log('reason="connection refused"')
+
+
+class LimitsTest(unittest.TestCase):
+    """Clients that are slow, many, or rude cost nobody else anything."""
+
+    def test_a_dripping_client_ends_at_the_deadline_of_the_line(self):
+        with serving("[limits]\ntimeout = 0.3\n" + USERS) as server:
+            with connect(server.address) as sock:
+                sock.settimeout(0.02)
+                reply, drops = b"", 0
+                while not reply:
+                    sock.sendall(b"a")
+                    drops += 1
+                    with contextlib.suppress(socket.timeout):
+                        reply = sock.recv(100)
+                self.assertEqual(reply, b"Query timed out\r\n")
+                self.assertGreater(drops, 3)
+            server.wait_log('q="a+" outcome=timeout')
+
+    def test_a_silent_client_is_told_that_its_time_is_over(self):
+        with serving("[limits]\ntimeout = 0.05\n" + USERS) as server:
+            self.assertEqual(server.ask(), b"Query timed out\r\n")
+            server.wait_log('q="" outcome=silent backend=- bytes=17')
+
+    def test_a_reset_is_no_trouble(self):
+        with serving() as server:
+            for data in (b"", b"mos"):
+                sock = connect(server.address)
+                sock.sendall(data)
+                wait_until(lambda: [c for c in server.server.clients[
+                    "reading"] if c.data == data], "the client")  # noqa: B023
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                struct.pack("ii", 1, 0))
+                sock.close()
+            server.wait_log("outcome=gone", 2)
+            self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+
+    def test_loses_nothing_to_what_the_client_still_sends(self):
+        text = "[users]\nlong = " + "x" * 60_000
+        with serving(text) as server:
+            for _ in range(20):
+                with connect(server.address) as sock:
+                    sock.sendall(b"long\r\n" + b"y" * 100_000)
+                    self.assertEqual(len(read_all(sock)), 60_002)
+
+    def test_a_flood_behind_the_query_is_cut_off(self):
+        with serving() as server, connect(server.address) as sock:
+            sock.sendall(b"moshez\r\n")
+            self.assertEqual(read_all(sock), HAPPY)
+            with self.assertRaises(OSError):
+                for _ in range(1000):
+                    sock.sendall(b"y" * 65536)
+            wait_until(lambda: not server.server.crowd(), "the close")
+
+    def test_a_client_that_never_closes_is_closed_at_the_deadline(self):
+        with serving("[limits]\ntimeout = 0.1\n" + USERS) as server:
+            with connect(server.address) as sock:
+                sock.sendall(b"moshez\r\n")
+                self.assertEqual(read_all(sock), HAPPY)
+                wait_until(lambda: server.server.clients["closing"], "state")
+                wait_until(lambda: not server.server.crowd(), "the close")
+
+    def test_a_slow_reader_holds_nobody_up_and_gets_it_all(self):
+        size = 20_000_000       # more than both sockets' buffers hold
+        with serving("[limits]\nmax_reply = 32M\n[users]\nbig = "
+                     + "x" * size + "\nmoshez = Happy and well\n") as server:
+            with connect(server.address) as slow:
+                slow.sendall(b"big\r\n")
+                wait_until(lambda: server.server.clients["sending"], "state")
+                self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+                self.assertEqual(len(read_all(slow)), size + 2)
+            server.wait_log(f"outcome=answered .*bytes={size + 2}")
+
+    def test_a_client_that_does_not_read_is_left_at_the_deadline(self):
+        with serving("[limits]\nmax_reply = 32M\ntimeout = 0.1\n[users]\n"
+                     "big = " + "x" * 20_000_000) as server:
+            with connect(server.address) as sock:
+                sock.sendall(b"big\r\n")
+                server.wait_log('q="big" outcome=gone')
+
+    def test_holds_clients_above_max_clients_in_the_kernel(self):
+        with serving("[limits]\nmax_clients = 3\n" + USERS) as server:
+            socks = [connect(server.address) for _ in range(3)]
+            server.wait_log("full clients=3 limit=3")
+            with connect(server.address) as waiting:
+                waiting.sendall(b"moshez\r\n")
+                self.assertEqual(select.select([waiting], [], [], 0.1)[0], [])
+                socks.pop().close()
+                self.assertEqual(read_all(waiting), HAPPY)
+            server.wait_log("room clients=2 limit=3")
+            for sock in socks:
+                sock.close()
+
+    def test_one_address_cannot_hold_more_than_its_share(self):
+        with serving("[limits]\nmax_clients_per_host = 2\n" + USERS) as server:
+            socks = [connect(server.address) for _ in range(2)]
+            wait_until(lambda: len(server.server.clients["reading"]) == 2,
+                       "both")
+            self.assertEqual(server.ask(b"moshez\r\n"),
+                             b"Too many queries, try again later\r\n")
+            server.wait_log('q="" outcome=limited')
+            socks.pop().close()
+            wait_until(lambda: len(server.server.clients["reading"]) == 1,
+                       "one")
+            self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+            socks.pop().close()
+
+    def test_one_address_can_ask_only_so_often(self):
+        with serving("[limits]\nqueries_per_minute = 3\n" + USERS) as server:
+            for _ in range(3):
+                self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+            self.assertEqual(server.ask(b"moshez\r\n"),
+                             b"Too many queries, try again later\r\n")
+            server.wait_log('q="moshez" outcome=limited')
+
+    def test_rates_recover_with_time_and_stay_bounded(self):
+        rates = fingerd.RateLimit()
+        asked = [rates.exceeded("a", 2, now) for now in (0, 1, 2, 3, 31, 32)]
+        self.assertEqual(asked, [False, False, True, True, False, True])
+        self.assertFalse(rates.exceeded("b", 2, 3))
+        for n in range(fingerd.TRACKED + 10):
+            rates.exceeded(str(n), 2, 40)
+        self.assertEqual(len(rates.buckets), fingerd.TRACKED)
+
+    def test_answers_a_burst_of_a_thousand(self):
+        count = raise_descriptors(2200) and 1000
+        self.assertTrue(count, "1,000 clients need 2,200 descriptors")
+        with serving("[limits]\nmax_clients_per_host = 2000\n"
+                     + USERS) as server:
+            socks = []
+            for _ in range(count):
+                socks.append(connect(server.address))
+                socks[-1].sendall(b"moshez\r\n")
+            for sock in socks:
+                self.assertEqual(read_all(sock), HAPPY)
+                sock.close()
+
+
+def raise_descriptors(wanted):
+    """Raise this process's limit of descriptors; is it enough?"""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted <= hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    return soft >= wanted
+
+
+def status_of(pid, key):
+    """Give a number of /proc/PID/status: KiB, or threads."""
+    text = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(rf"{key}:\s+(\d+)", text)[1])
+
+
+# ---- Process --------------------------------------------------------------
+
+class ProcessTest(unittest.TestCase):
+    """The program itself, started as a user would."""
+
+    def test_ends_cleanly_on_both_signals(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with daemon() as program:
+                self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+                self.assertEqual(program.stop(number), 0)
+                program.wait_line(f"^fingerd: stopped signal={number.name}"
+                                  r" queries=1 seconds=\d+$")
+                self.assertRegex(program.lines[0],
+                                 r"^fingerd: ready listen=127\.0\.0\.1:\d+"
+                                 rf" backend=users pid={program.pid}$")
+
+    def test_serves_those_at_hand_before_it_ends(self):
+        with tempfile.TemporaryDirectory() as directory:
+            gate = os.path.join(directory, "gate")
+            os.mkfifo(gate)
+            text = ("[server]\nbackend = users finger\n[finger]\ncommand ="
+                    f" /bin/sh -c 'read x < {gate}; echo $x'\n" + USERS)
+            with daemon(text) as program, connect(
+                    program.address) as slow, connect(
+                    program.address) as silent:
+                slow.sendall(b"bob\r\n")
+                with open(gate, "w") as writer:  # opens once it is read
+                    program.process.send_signal(signal.SIGTERM)
+                    wait_until(lambda: refused(program.address), "the end")
+                    writer.write("late but whole\n")
+                self.assertEqual(read_all(slow), b"late but whole\r\n")
+                self.assertEqual(program.process.wait(HANG), 0)
+                self.assertEqual(read_all(silent), b"Query timed out\r\n")
+
+    def test_answers_those_that_it_had_not_accepted_when_it_ends(self):
+        with daemon() as program:
+            address = program.address
+            program.process.send_signal(signal.SIGSTOP)
+            with contextlib.ExitStack() as stack:
+                socks = [stack.enter_context(connect(address))
+                         for _ in range(600)]   # more than at one go
+                for sock in socks:
+                    sock.sendall(b"moshez\r\n")
+                program.process.send_signal(signal.SIGTERM)
+                program.process.send_signal(signal.SIGCONT)
+                for sock in socks:
+                    self.assertEqual(read_all(sock), HAPPY)
+
+    def test_accepts_no_more_than_max_clients_of_a_crowd(self):
+        with daemon("[limits]\nmax_clients = 3\n" + USERS) as program:
+            address = program.address
+            program.process.send_signal(signal.SIGSTOP)
+            with contextlib.ExitStack() as stack:
+                for _ in range(8):
+                    stack.enter_context(connect(address))
+                program.process.send_signal(signal.SIGCONT)
+                program.wait_line("full clients=3 limit=3")
+
+    @unittest.skipUnless(os.path.exists("/proc/self/status"), "no /proc here")
+    def test_3000_silent_clients_cost_no_thread_and_little_memory(self):
+        if not raise_descriptors(3200):
+            self.skipTest("the limit of open files is below 3,200")
+        text = "[limits]\nmax_clients_per_host = 5000\n" + USERS
+        with daemon(text) as program, contextlib.ExitStack() as stack:
+            address = program.address
+            self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
+            before = status_of(program.pid, "VmRSS")
+            for _ in range(3000):
+                stack.enter_context(connect(address))
+            self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
+            self.assertEqual(status_of(program.pid, "Threads"), 1)
+            grown = status_of(program.pid, "VmRSS") - before
+            self.assertLess(grown, 12 * 1024)
+
+    @unittest.skipUnless(hasattr(resource, "prlimit"), "no prlimit(2) here")
+    def test_pauses_when_descriptors_are_out_and_goes_on_after(self):
+        with daemon() as program, contextlib.ExitStack() as stack:
+            address = program.address
+            used = len(os.listdir(f"/proc/{program.pid}/fd"))
+            resource.prlimit(program.pid, resource.RLIMIT_NOFILE,
+                             (used + 2, used + 2))
+            held = [stack.enter_context(connect(address)) for _ in range(2)]
+            waiting = stack.enter_context(connect(address))
+            waiting.sendall(b"moshez\r\n")
+            program.wait_line('starved reason="too many open files"')
+            start = cpu_seconds(program.pid)
+            self.assertEqual(select.select([waiting], [], [], 1.5)[0], [])
+            self.assertLess(cpu_seconds(program.pid) - start, 0.5)
+            held[0].close()
+            self.assertEqual(read_all(waiting), HAPPY)
+            self.assertEqual(
+                len([x for x in program.lines if "starved" in x]), 1)
+            stack.close()
+            self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
+            for _ in range(3):      # it is logged again when it happens again
+                stack.enter_context(connect(address))
+            program.wait_line("starved", 2)
+
+    def test_lowers_max_clients_to_what_the_system_allows(self):
+        def limit():
+            resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
+        with daemon("[limits]\nmax_threads = 2\n" + USERS,
+                    preexec_fn=limit) as program:
+            program.wait_line("limits max_clients=260 descriptors=300"
+                              " configured=10000")
+            self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+
+    def test_lowers_max_clients_for_good(self):
+        def limit():
+            resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+        with daemon("[limits]\nmax_threads = 1\n" + USERS,
+                    preexec_fn=limit) as program, \
+                contextlib.ExitStack() as stack:
+            for _ in range(5):
+                stack.enter_context(connect(program.address))
+            program.wait_line("full clients=4 limit=4")
+
+    def test_passes_over_addresses_that_the_system_lacks(self):
+        here, there = [(socket.AF_INET, socket.SOCK_STREAM, 6, "",
+                        (host, 0)) for host in ("127.0.0.1", "192.0.2.1")]
+        # No name that is everywhere has such addresses.
+        with mock.patch("socket.getaddrinfo", return_value=[there, here]):
+            listener, = fingerd.listen_on("name", 0)
+        self.assertEqual(listener.getsockname()[0], "127.0.0.1")
+        listener.close()
+
+    def test_says_why_it_cannot_listen(self):
+        with socket.create_server(("127.0.0.1", 0)) as busy, config_file(
+                USERS) as path:
+            port = busy.getsockname()[1]
+            for address, message in [
+                    (f"127.0.0.1:{port}", "address already in use; stop the"
+                     " program that is there, or use another port"),
+                    ("192.0.2.1:0", "cannot assign requested address")]:
+                where = address if port else address
+                self.assertEqual(
+                    run_fingerd("--config", path, "--listen", address),
+                    (1, "", f"fingerd: cannot listen on {where}:"
+                            f" {message}\n"))
+            status, out, err = run_fingerd("--config", path, "--listen",
+                                           "no-such-host.invalid:0")
+            self.assertEqual((status, out), (1, ""))
+            self.assertRegex(err, r"^fingerd: cannot listen on no-such-host\."
+                                  r"invalid:0: .+\n$")
+
+    def test_says_why_it_cannot_write_its_log(self):
+        with config_file(USERS) as path:
+            log = os.path.join(path, "log")
+            self.assertEqual(
+                run_fingerd("--config", path, "--listen", "127.0.0.1:0",
+                            "-l", log),
+                (1, "", "fingerd: cannot open the log: not a directory:"
+                        f" {log}\n"))
+
+    def test_writes_its_log_to_a_file(self):
+        with tempfile.TemporaryDirectory() as directory:
+            path = os.path.join(directory, "log")
+            text = "[log]\nformat = json\n" + USERS
+            with daemon(text, "--logfile", path) as program:
+                wait_until(lambda: os.path.exists(path)
+                           and os.path.getsize(path), "ready")
+                with open(path) as file:
+                    host, port = json.loads(file.readline())[
+                        "listen"].split(":")
+                self.assertEqual(ask((host, int(port)), b"moshez\r\n"), HAPPY)
+                self.assertEqual(program.stop(), 0)
+            with open(path) as file:
+                events = [json.loads(line) for line in file]
+            self.assertEqual([event["event"] for event in events],
+                             ["ready", "query", "stopped"])
+            self.assertEqual(program.lines, [])
+
+    def test_importing_it_does_nothing(self):
+        done = subprocess.run(
+            [sys.executable, "-c", "import fingerd, threading;"
+             "assert threading.active_count() == 1"], cwd=HERE,
+            capture_output=True, timeout=HANG)
+        self.assertEqual((done.returncode, done.stdout, done.stderr),
+                         (0, b"", b""))
+
+
+def refused(address):
+    """Is nobody listening any more?"""
+    try:
+        connect(address).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def cpu_seconds(pid):
+    """Give the CPU time that a process has used."""
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
+    return sum(map(int, fields.split()[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+# ---- Command line ---------------------------------------------------------
+
+class CommandLineTest(unittest.TestCase):
+    def test_prints_its_version(self):
+        self.assertEqual(run_fingerd("--version"),
+                         (0, f"fingerd {fingerd.__version__}\n", ""))
+
+    def test_checks_a_config(self):
+        with config_file(USERS) as path:
+            self.assertEqual(run_fingerd("--config", path, "--check"),
+                             (0, f"{path} is good\n", ""))
+        with config_file("[limits]\ntimeout = x\n") as path:
+            self.assertEqual(
+                run_fingerd("--config", path, "--check"),
+                (2, "", f'fingerd: {path}:2: timeout: "x" is not a number of'
+                        ' seconds; write e.g. timeout = 10\n'
+                        f'fingerd: 1 error in {path}, not started\n'))
+
+    def test_prints_what_a_client_would_get(self):
+        text = "[server]\ndeny = 192.0.2.0/24\n" + USERS
+        with config_file(text) as path:
+            for args, status, out in [
+                    (["moshez"], 0, "Happy and well\n"),
+                    (["/W moshez@localhost"], 0, "Happy and well\n"),
+                    (["bob"], 0, "No such user\n"),
+                    ([""], 0, "Finger online user list denied\n"),
+                    (["a\x1bb"], 0, "Malformed query\n"),
+                    (["x" * 513], 0, "Query too long\n"),
+                    (["moshez", "--from", "192.0.2.7"], 0, "Access denied\n"),
+                    (["moshez", "--from", "::ffff:192.0.2.7"], 0,
+                     "Access denied\n"),
+                    (["moshez", "--from", "198.51.100.1"], 0,
+                     "Happy and well\n")]:
+                with self.subTest(args=args):
+                    self.assertEqual(
+                        run_fingerd("--config", path, "--query", *args),
+                        (status, out, ""))
+
+    def test_query_has_a_status_for_a_failed_backend(self):
+        text = ("[server]\nbackend = web\n[web]\n"
+                "prefix = http://127.0.0.1:1/~\n")
+        with config_file(text) as path:
+            status, out, err = run_fingerd("--config", path, "--query", "x")
+        self.assertEqual((status, out), (1, "Internal error in server\n"))
+        self.assertRegex(err, "^fingerd: failed backend=web client=127")
+
+    def test_complains_of_wrong_options_in_one_line(self):
+        for args, message in [
+                (["--listne", "x"], "unrecognized arguments: --listne x;"
+                                    " see --help"),
+                (["--config"], "argument --config: expected one argument;"
+                               " see --help"),
+                (["--from", "::1"], "--from: goes with --query only"),
+                (["--config", str(EXAMPLE), "--query", "x", "--from", "me"],
+                 '--from: "me" is not an address; write e.g. --from'
+                 ' 192.0.2.7')]:
+            with self.subTest(args=args):
+                self.assertEqual(run_fingerd(*args),
+                                 (2, "", f"fingerd: {message}\n"))
+
+    def test_survives_streams_that_are_closed_or_full(self):
+        command = " ".join(map(shlex.quote, fingerd_command()))
+        for words, status, err in [
+                ("--help | head -n 1 >/dev/null", 0, ""),
+                ("--version >&-", 0, ""), ("--nonsense 2>&-", 2, ""),
+                ("--version >/dev/full", 1, "fingerd: cannot print: no space"
+                                            " left on device\n")]:
+            if "/dev/full" in words and not os.path.exists("/dev/full"):
+                continue
+            with self.subTest(words=words):
+                done = subprocess.run(
+                    f"{command} {words}", shell=True, text=True,
+                    stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                    timeout=HANG)
+                self.assertEqual((done.returncode, done.stderr),
+                                 (status, err))
+
+    @unittest.skipUnless(os.path.exists("/proc/self/fd"), "no /proc here")
+    def test_never_writes_its_log_to_a_client(self):
+        with tempfile.TemporaryDirectory() as directory, config_file(
+                f"[log]\nto = {directory}/log\n" + USERS) as path:
+            process = subprocess.Popen(
+                ["/bin/sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh",
+                 *fingerd_command("--config", path, "--listen",
+                                  "127.0.0.1:0")])
+            try:
+                wait_until(lambda: os.path.exists(f"{directory}/log") and
+                           "ready" in pathlib.Path(directory, "log")
+                           .read_text(), "ready")
+                for fd in range(3):
+                    self.assertEqual(
+                        os.readlink(f"/proc/{process.pid}/fd/{fd}"),
+                        os.devnull)
+            finally:
+                process.terminate()
+                self.assertEqual(process.wait(HANG), 0)
+
+    def test_looks_for_its_config(self):
+        with config_file(USERS) as path:
+            self.assertEqual(
+                run_fingerd("--query", "moshez", cwd=os.path.dirname(path)),
+                (0, "Happy and well\n", ""))
+        if os.path.exists("/etc/fingerd.conf"):
+            self.skipTest("this system has an /etc/fingerd.conf")
+        with tempfile.TemporaryDirectory() as directory:
+            self.assertEqual(
+                run_fingerd(cwd=directory),
+                (2, "", "fingerd: there is no fingerd.conf and no"
+                        " /etc/fingerd.conf; copy fingerd.conf.example to one"
+                        " of them, or name a file with --config\n"))
+
+
+class LoneCopyTest(unittest.TestCase):
+    """fingerd.py alone in an empty directory."""
+
+    @contextlib.contextmanager
+    def lone_copy(self, text):
+        with config_file(text) as path:
+            shutil.copy(PROGRAM, os.path.dirname(path))
+            yield os.path.dirname(path)
+
+    def run_copy(self, directory, *args):
+        done = subprocess.run([sys.executable, "fingerd.py", *args],
+                              cwd=directory, text=True, capture_output=True,
+                              timeout=HANG)
+        return done.returncode, done.stdout, done.stderr
+
+    def test_serves_the_users(self):
+        with self.lone_copy(EXAMPLE.read_text()) as directory:
+            with subprocess.Popen(
+                    [sys.executable, "fingerd.py", "--listen", "127.0.0.1:0"],
+                    cwd=directory, stderr=subprocess.PIPE, text=True
+                    ) as process:
+                program = Daemon(process)
+                self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+                self.assertEqual(program.stop(), 0)
+                program.reader.join(HANG)
+            self.assertEqual(self.run_copy(directory, "--help")[0], 0)
+            self.assertEqual(sorted(os.listdir(directory)),
+                             ["fingerd.conf", "fingerd.py"])
+
+    def test_says_what_a_backend_of_the_other_file_needs(self):
+        with self.lone_copy("[server]\nbackend = users web\n[web]\n"
+                            "prefix = http://example.org/~\n") as directory:
+            self.assertEqual(self.run_copy(directory), (
+                2, "", 'fingerd: fingerd.conf:2: backend: "web" needs'
+                ' fingerd_backends.py, which is not beside fingerd.py; copy'
+                ' it there too, or write backend = users\n'
+                'fingerd: 1 error in fingerd.conf, not started\n'))
+
+    def test_says_so_of_a_section_too(self):
+        with self.lone_copy("[web]\ncache = 1\n[servers]\n") as directory:
+            self.assertEqual(self.run_copy(directory)[2].splitlines()[:2], [
+                'fingerd: fingerd.conf:1: [web]: needs fingerd_backends.py,'
+                ' which is not beside fingerd.py; copy it there too, or'
+                ' remove the section',
+                'fingerd: fingerd.conf:3: [servers]: no such section; did you'
+                ' mean [server]?'])
+
+    def test_refuses_backends_of_another_version(self):
+        with self.lone_copy("[server]\nbackend = web\n") as directory:
+            text = (HERE / "fingerd_backends.py").read_text()
+            version = fingerd.__version__
+            pathlib.Path(directory, "fingerd_backends.py").write_text(
+                text.replace(f'__version__ = "{version}"',
+                             '__version__ = "0.9"'))
+            self.assertEqual(self.run_copy(directory)[2].splitlines()[0], (
+                'fingerd: fingerd.conf:2: backend: "web" is of no use:'
+                f' fingerd.py is version {version}, but fingerd_backends.py'
+                ' is 0.9; copy both from one release'))
+
+    def test_lets_another_import_error_surface(self):
+        with self.lone_copy("[server]\nbackend = web\n") as directory:
+            pathlib.Path(directory, "fingerd_backends.py").write_text(
+                "import no_such_module_79\n")
+            self.assertIn("no_such_module_79", self.run_copy(directory)[2])
+
+
+# ---- Backends -------------------------------------------------------------
+
+PROMPT = 2      # seconds that what is not slow may take on a busy machine
+CLIENT = "192.0.2.7"
+
+# Made for these tests, for localhost, 127.0.0.1 and test.invalid, until 2126:
+# openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes
+TEST_CERT = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgJzWKkBpK6AYfQh33
++PcMep6WEQf/dp3+7B/xk00Zr5qhRANCAAS5KF7tpQLaaQH6USCrjXbn2NRszwpo
+YuxBXDMhmrkmXAmHGRaGMAoPLEHhmJGDjT9WE7XmAxS4sETGNT4ubNsJ
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBvDCCAWGgAwIBAgIUIAIdyVafEIG5r5zJ8LRh3YS/fa4wCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyMjIxNDQ1M1oYDzIxMjYxMDI5
+MjE0NDUzWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAAS5KF7tpQLaaQH6USCrjXbn2NRszwpoYuxBXDMhmrkmXAmHGRaGMAoP
+LEHhmJGDjT9WE7XmAxS4sETGNT4ubNsJo4GOMIGLMB0GA1UdDgQWBBSIZhkAO+1C
+vfixYkwgd1ikjIgWfTAfBgNVHSMEGDAWgBSIZhkAO+1CvfixYkwgd1ikjIgWfTAo
+BgNVHREEITAfgglsb2NhbGhvc3SCDHRlc3QuaW52YWxpZIcEfwAAATAPBgNVHRMB
+Af8EBTADAQH/MA4GA1UdDwEB/wQEAwIChDAKBggqhkjOPQQDAgNJADBGAiEA5CsZ
+CsjNQGohrpa7bhXg8qhv+v/IFGTn+BGvqDATgQECIQCnFiAPZQRFU2Q9OH2YF/P1
+ytcVPg2wujxjWxghEpsBnw==
+-----END CERTIFICATE-----
+"""
+
+
+def defaults(kind):
+    """Give a backend's settings at their defaults, converted."""
+    return {name: fingerd.KINDS[kind_].convert(text)
+            for name, kind_, text, _ in kind.settings}
+
+
+def in_threads(jobs):
+    """Run functions at the same moment; return what each gave or raised."""
+    results: list[Any] = [None] * len(jobs)
+    start = threading.Barrier(len(jobs))
+
+    def work(number, job):
+        start.wait(HANG)
+        try:
+            results[number] = job()
+        except Exception as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=work, args=pair, daemon=True)
+               for pair in enumerate(jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(HANG)
+        if thread.is_alive():
+            raise AssertionError("a thread hangs")
+    return results
+
+
+class Family:
+    """Tells when a script and all that it has started are gone.
+
+    They hold the writing end of a FIFO, as descriptor 9, and write to it.
+    """
+
+    def __init__(self, folder):
+        self.path = os.path.join(folder, "family")
+        os.mkfifo(self.path)
+        self.fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
+
+    def gone(self):
+        """Wait for the end of all; return what they wrote."""
+        said = b""
+        while select.select([self.fd], [], [], HANG)[0]:
+            data = os.read(self.fd, 4096)
+            if not data:
+                return said
+            said += data
+        raise AssertionError("something lives on")
+
+    def close(self):
+        os.close(self.fd)
+
+
+class Origin(http.server.ThreadingHTTPServer):
+    """A web server; pages are (status, headers, body) or functions.
+
+    A function gets the request handler and writes what it likes.  `asked`
+    collects the paths as they came.
+    """
+
+    daemon_threads = False      # so that closing joins them
+    request_queue_size = 64
+
+    def __init__(self, pages=None, tls=None, port=0):
+        self.pages = pages or {}
+        self.asked = []
+        self.headers = []
+        self.tls = tls
+        self.leaving = threading.Event()
+        self.tunnel: Any = None                  # answers CONNECT, if set
+        self.delay = 0.0                    # seconds before TLS starts
+        self.busy = threading.Event()       # a request has come
+        super().__init__(("127.0.0.1", port), OriginHandler)
+        self.port = self.server_address[1]
+        self.url = f"http{'s' if tls else ''}://127.0.0.1:{self.port}"
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.01,))
+        self.thread.start()
+
+    def finish_request(self, request, client_address):
+        with contextlib.suppress(OSError):
+            self.leaving.wait(self.delay)
+            if self.tls:
+                request = self.tls.wrap_socket(request, server_side=True)
+            with request:
+                OriginHandler(request, client_address, self)
+
+    def close(self):
+        self.leaving.set()
+        self.shutdown()
+        self.thread.join(HANG)
+        self.server_close()
+
+
+class OriginHandler(http.server.BaseHTTPRequestHandler):
+    """Answers from the pages of its Origin."""
+
+    server: Any
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        self.server.headers.append(self.headers)
+        self.server.busy.set()
+        page = self.server.pages.get(self.path, (404, {}, b"not here"))
+        if callable(page):
+            page(self)
+            return
+        status, headers, body = page
+        self.send_response(status)
+        headers = dict(headers)
+        if headers.pop("-length", True):
+            headers.setdefault("Content-Length", str(len(body)))
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_CONNECT(self):
+        """Be the proxy and what lies behind it at once, over TLS."""
+        self.server.asked.append("CONNECT " + self.path)
+        if self.server.tunnel:
+            self.server.tunnel(self)
+            return
+        self.wfile.write(b"HTTP/1.1 200 Go on\r\n\r\n")
+        with self.server.behind.wrap_socket(self.connection,
+                                            server_side=True) as inner:
+            OriginHandler(inner, self.client_address, self.server)
+
+    def log_message(self, *args):
+        pass
+
+
+def text_page(text):
+    return (200, {"Content-Type": "text/plain; charset=utf-8"}, text.encode())
+
+
+def html_page(text):
+    return (200, {"Content-Type": "text/html; charset=utf-8"}, text.encode())
+
+
+def drip(head, then=b"x"):
+    """A page that sends head, and then a byte now and then, for ever."""
+    def page(handler):
+        handler.wfile.write(head)
+        while not handler.server.leaving.wait(0.02):
+            handler.wfile.write(then)
+    return page
+
+
+def raw(data):
+    """A page that sends these bytes and no other."""
+    return lambda handler: handler.wfile.write(data)
+
+
+def run_python(test, code, *args):
+    """Run code in a Python of its own; return what it prints."""
+    folder = os.path.dirname(fingerd_backends.__file__)
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-B", "-c", textwrap.dedent(code),
+         *args], capture_output=True, timeout=HANG, text=True, check=False,
+        env=dict(os.environ, PYTHONPATH=folder))
+    test.assertEqual(result.stderr, "")
+    test.assertEqual(result.returncode, 0)
+    return result.stdout
+
+
+class BackendCase(unittest.TestCase):
+    """Makes backends; fails when one leaves a thread or descriptor behind."""
+
+    maxDiff = None
+
+    def setUp(self):
+        for name in [name for name in os.environ
+                     if name.lower().endswith("_proxy")]:
+            self.addCleanup(os.environ.__setitem__, name, os.environ[name])
+            del os.environ[name]
+        self.reports = []
+        self.folder = tempfile.mkdtemp(prefix="fingerd-test-")
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.addCleanup(self.check_leftovers, open_descriptors(),
+                        set(threading.enumerate()))
+
+    def check_leftovers(self, descriptors, threads):
+        for thread in set(threading.enumerate()) - threads:
+            thread.join(HANG)
+        self.assertEqual(set(threading.enumerate()) - threads, set())
+        self.assertEqual(open_descriptors() - descriptors, set())
+
+    def make(self, kind, **options):
+        return kind(dict(defaults(kind), **options), self.reports.append)
+
+    def write_script(self, text, name="script", shell="#!/bin/sh\n"):
+        path = os.path.join(self.folder, name)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(shell + textwrap.dedent(text))
+        os.chmod(path, 0o755)
+        return path
+
+    def start_origin(self, pages=None, **options):
+        origin = Origin(pages, **options)
+        self.addCleanup(origin.close)
+        return origin
+
+    def ask(self, backend, user, verbose=False, timeout=HANG):
+        return backend.lookup(user, verbose, CLIENT, timeout)
+
+    def assert_fails(self, pattern, function, *args, kind=OSError):
+        """Check that a failure is of the built-in kind, in one line."""
+        with self.assertRaisesRegex(kind, pattern) as caught:
+            function(*args)
+        self.assertNotIn("\n", str(caught.exception))
+        self.assertIn(type(caught.exception), (OSError, TimeoutError))
+
+    def assert_refused(self, kind, table):
+        """Check a table of (bad options, the whole complaint)."""
+        for options, message in table:
+            with self.subTest(options):
+                with self.assertRaises(ValueError) as caught:
+                    self.make(kind, **options)
+                self.assertEqual(str(caught.exception), message)
+
+    @contextlib.contextmanager
+    def takes(self, least, most):
+        start = time.monotonic()
+        yield
+        spent = time.monotonic() - start
+        self.assertGreaterEqual(spent, least)
+        self.assertLess(spent, most)
+
+
+# ---- What every backend does ----------------------------------------------
+
+HOSTILE_NAMES = (
+    "-l", "--", "-", ".", "..", "../../etc/passwd", "/etc/passwd", "a/..",
+    "a/../b", "%2e%2e", "%252e%252e", "..%2f..", "..;", "a\\..\\b", "$(id)",
+    "`id`", ";id", "|id", "a&b", "a?b=c", "a#b", "a:b", "*", "~", "{user}",
+    "{0}", "%s", "%(x)s", "\\x00", "'", '"', "h\u00e9", "\u65e5\u672c",
+    "\U0001f600", "\u202e", "x" * 500, "\u65e5" * 170)
+
+
+class BackendContract(BackendCase):
+    """Run against every backend: knows alice, fails for broken and slow."""
+
+    name: str
+    kind: Any
+
+    def make_known(self, listed=False) -> Any:
+        raise NotImplementedError
+
+    def test_rows_of_settings_are_complete(self):
+        for row in self.kind.settings:
+            with self.subTest(row[0]):
+                self.assertEqual([str] * 4, [type(field) for field in row])
+                self.assertRegex(row[0], "^[a-z_]+$")
+                self.assertTrue(row[3])
+                self.assertNotIn("\n", row[3])
+        names = [row[0] for row in self.kind.settings]
+        self.assertEqual(len(names), len(set(names)))
+        self.assertIs(fingerd_backends.BACKENDS[self.name], self.kind)
+        self.assertIs(self.kind.waits, True)
+
+    def test_answers_who_it_knows_and_only_them(self):
+        backend = self.make_known()
+        for verbose in (False, True):
+            self.assertEqual(self.ask(backend, "alice", verbose),
+                             "I am alice.\n")
+            self.assertIsNone(self.ask(backend, "nobody", verbose))
+        self.assertEqual(self.reports, [])
+
+    def test_gives_its_list_or_none(self):
+        self.assertEqual(
+            self.make_known(listed=True).user_list(False, CLIENT, HANG),
+            "alice\nbob\n")
+        self.assertIsNone(self.make_known().user_list(False, CLIENT, HANG))
+
+    def test_fails_with_an_oserror_when_its_source_does(self):
+        backend = self.make_known()
+        self.assert_fails(".", self.ask, backend, "broken")
+
+    def test_keeps_to_the_timeout(self):
+        backend = self.make_known()
+        with self.takes(0.3, 0.3 + PROMPT):
+            self.assert_fails(".", self.ask, backend, "slow", False, 0.3,
+                              kind=TimeoutError)
+
+    def test_answers_many_threads_each_its_own(self):
+        backend = self.make_known()
+        names = ["alice", "bob", "nobody", "broken"] * 8
+        results = in_threads([lambda name=name: self.ask(backend, name)
+                              for name in names])
+        for name, result in zip(names, results):
+            with self.subTest(name):
+                if name == "broken":
+                    self.assertIsInstance(result, OSError)
+                else:
+                    self.assertEqual(result, None if name == "nobody"
+                                     else f"I am {name}.\n")
+
+    def test_knows_nobody_of_a_hostile_name(self):
+        backend = self.make_known()
+        for name in HOSTILE_NAMES:
+            with self.subTest(name):
+                self.assertIsNone(self.ask(backend, name))
+
+
+class FingerContractTest(BackendContract):
+    name, kind = "finger", FingerBackend
+
+    def make_known(self, listed=False):
+        script = self.write_script("""\
+            case $1 in
+                alice|bob) echo "I am $1." ;;
+                list) echo alice; echo bob ;;
+                broken) kill -9 $$ ;;
+                slow) sleep 60 ;;
+                *) exit 1 ;;
+            esac
+            """)
+        return self.make(FingerBackend, command=script + " {user}",
+                         list_command=script + " list" if listed else "")
+
+
+class WebContractTest(BackendContract):
+    name, kind = "web", WebBackend
+
+    def make_known(self, listed=False):
+        origin = self.start_origin({
+            "/~alice": text_page("I am alice.\n"),
+            "/~bob": text_page("I am bob.\n"),
+            "/~broken": (500, {}, b"oops"),
+            "/~slow": drip(b"HTTP/1.0 200 OK\r\n\r\n"),
+            "/list": text_page("alice\nbob\n")})
+        return self.make(WebBackend, url=origin.url + "/~{user}",
+                         index=origin.url + "/list" if listed else "")
+
+
+del BackendContract     # run by its heirs only
+
+
+# ---- finger ---------------------------------------------------------------
+
+class FingerBackendTest(BackendCase):
+
+    def make_script(self, text, command="{user}", **options):
+        path = self.write_script(text)
+        return self.make(FingerBackend, command=f"{path} {command}",
+                         **options)
+
+    def make_family(self, text, **options):
+        """A script whose descendants are watched."""
+        family = Family(self.folder)
+        self.addCleanup(family.close)
+        text = f"exec 9>{family.path}\necho x >&9\n{textwrap.dedent(text)}"
+        return family, self.make_script(text, **options)
+
+    def test_puts_the_name_into_one_argument_without_a_shell(self):
+        backend = self.make_script(
+            "printf '<%s>\\n' \"$@\"",
+            "'a {user} b' --name={user} {user}{user} {0} %s", pattern=".*")
+        for name in ("$(id)", "`id`;id", "it's", '"', "*", "{user}", "a\\b",
+                     "h\u00e9"):
+            with self.subTest(name):
+                self.assertEqual(
+                    self.ask(backend, name),
+                    "<a %s b>\n<--name=%s>\n<%s%s>\n<{0}>\n<%%s>\n"
+                    % ((name,) * 4))
+
+    def test_runs_nothing_for_a_name_that_does_not_match(self):
+        log = os.path.join(self.folder, "log")
+        backend = self.make_script(f'echo "$1" >>{log}; echo yes')
+        for name in HOSTILE_NAMES + (".a", "a b", "x" * 65, "a\n", "\u0661"):
+            with self.subTest(name):
+                self.assertIsNone(self.ask(backend, name))
+        self.assertFalse(os.path.exists(log))
+        for name in ("a", "_", "9", "A.b-c_d", "x" * 64, "a-", "a."):
+            with self.subTest(name):
+                self.assertEqual(self.ask(backend, name), "yes\n")
+
+    def test_a_pattern_of_the_operator_is_for_the_whole_name(self):
+        backend = self.make_script('echo "$1"', pattern="[a-z]+:[a-z]+|-.*")
+        for name, text in (("weather:oslo", "weather:oslo\n"),
+                           ("weather:oslo!", None), ("alice", None),
+                           ("-l", None), ("--", None), ("-", None)):
+            with self.subTest(name):
+                self.assertEqual(self.ask(backend, name), text)
+
+    def test_bounds_what_a_pattern_of_the_operator_sees(self):
+        backend = self.make_script("echo yes", pattern=".*")
+        self.assertEqual(self.ask(backend, "x" * 64), "yes\n")
+        self.assertIsNone(self.ask(backend, "x" * 65))
+
+    def test_complains_of_bad_settings(self):
+        path = "/usr/local/bin:/usr/bin:/bin"
+        install = "install it, or write its path"
+        plain = self.write_script("", "plain")
+        os.chmod(plain, 0o644)
+        self.assert_refused(FingerBackend, (
+            ({"command": "fingr -- {user}"},
+             f'command: there is no program "fingr" in {path}; {install}'),
+            ({"command": "/nowhere/x {user}"},
+             ('command: "/nowhere/x" is not a program that may be run; '
+             "correct its path, or its mode")),
+            ({"command": plain},
+             (f'command: "{plain}" is not a program that may be run; '
+             "correct its path, or its mode")),
+            ({"command": "bin/x"},
+             ('command: "bin/x" is neither a name nor an absolute path; '
+             "write its whole path")),
+            ({"command": "/bin/{user}"},
+             ('command: "/bin/{user}" lets the client name the program; '
+             "write {user} among its arguments")),
+            ({"command": ""},
+             ("command: is empty; write a program and its arguments, "
+             "e.g. finger -- {user}")),
+            ({"command": "sh 'x"},
+             ('command: "sh \'x" cannot be split into words (no closing '
+             "quotation); close every quote")),
+            ({"command": "sh", "verbose_command": "fingr"},
+             f'verbose_command: there is no program "fingr" in {path}; '
+             + install),
+            ({"command": "sh", "list_command": "fingr"},
+             f'list_command: there is no program "fingr" in {path}; '
+             + install),
+            ({"command": "sh", "list_command": "echo {user}"},
+             ('list_command: "echo {user}" holds {user}, but a list is of no '
+             "user; leave it out")),
+            ({"command": "sh", "pattern": "(a"},
+             ('pattern: "(a" is not a regular expression for names (missing '
+             "), unterminated subpattern at position 0); correct it")),
+            ({"command": "sh", "pattern": ""},
+             ('pattern: "" is not a regular expression for names (it is '
+             "empty); correct it"))))
+
+    def test_gives_a_small_environment_and_nothing_of_its_own(self):
+        os.environ["FINGERD_SECRET"] = "x"
+        self.addCleanup(os.environ.pop, "FINGERD_SECRET")
+        backend = self.make(FingerBackend, command="env", list_command="env")
+        expected = ["FINGER_CLIENT=192.0.2.7", "FINGER_USER=alice",
+                    "FINGER_VERBOSE=", "LC_ALL=C.UTF-8",
+                    "PATH=/usr/local/bin:/usr/bin:/bin"]
+        self.assertEqual(sorted(self.ask(backend, "alice").splitlines()),
+                         expected)
+        expected[2] += "1"
+        self.assertEqual(sorted(self.ask(backend, "alice", True).splitlines()),
+                         expected)
+        expected[1] = "FINGER_USER="
+        listed = backend.user_list(True, CLIENT, HANG)
+        self.assertEqual(sorted(listed.splitlines()), expected)
+
+    def test_a_program_has_no_input_and_a_session_of_its_own(self):
+        path = self.write_script("""\
+            import os, sys
+            print(repr(sys.stdin.read()), os.getsid(0) == os.getpid(),
+                  os.getpgid(0) == os.getpid(), os.getcwd())
+            for number in range(3, 64):
+                try:
+                    os.fstat(number)
+                    print("inherited", number)
+                except OSError:
+                    pass
+            """, shell=f"#!{sys.executable} -IS\n")
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        self.addCleanup(os.close, writer)
+        os.set_inheritable(writer, True)
+        backend = self.make(FingerBackend, command=path)
+        saved = os.dup(0)
+        self.addCleanup(os.close, saved)
+        self.addCleanup(os.dup2, saved, 0)
+        with tempfile.TemporaryFile() as secret:
+            secret.write(b"secret")
+            secret.seek(0)
+            os.dup2(secret.fileno(), 0)
+        self.assertEqual(self.ask(backend, "alice"),
+                         f"'' True True {os.getcwd()}\n")
+
+    def test_status_and_output_decide_the_answer(self):
+        unknown = "finger: alice: no such user."
+        for script, answer, reports in (
+                ("echo hi", "hi\n", []),
+                ("printf hi", "hi", []),
+                ("true", "", []),
+                ("exit 1", None, []),
+                ("echo hi; exit 3", "hi\n", []),
+                (f"echo '{unknown}' >&2", None, []),
+                (f"echo '{unknown}' >&2; exit 1", None, []),
+                (f"echo '{unknown}'", None, []),
+                (f"echo hi; echo '{unknown}' >&2", "hi\n", [unknown]),
+                ("echo hi; echo oops >&2", "hi\n", ["oops"]),
+                ("echo ' a' >&2; echo; echo b >&2; exit 2", "\n", ["a; b"]),
+                ("echo oops >&2; exit 1", None, ["oops"]),
+                (r"printf '\233\377h\303\251\303\n'",
+                 "\\x9b\\xffh\u00e9\\xc3\n", []),
+                (r"printf 'a\r\nb\r\n'", "a\r\nb\r\n", []),
+                ("kill -9 $$", OSError("died of signal 9"), []),
+                ("echo half; kill -15 $$", OSError("died of signal 15"), [])):
+            with self.subTest(script):
+                del self.reports[:]
+                backend = self.make_script(script)
+                path = os.path.join(self.folder, "script")
+                if isinstance(answer, OSError):
+                    self.assert_fails(f"^{path}: {answer}$",
+                                      self.ask, backend, "alice")
+                else:
+                    self.assertEqual(self.ask(backend, "alice"), answer)
+                self.assertEqual(self.reports, [
+                    f"{path}: on standard error: {text}"
+                    for text in reports])
+
+    def test_verbose_has_its_command_and_follows_a_changed_one(self):
+        script = self.write_script('echo "$@"')
+        for options, text in (
+                ({"verbose_command": script + " long {user}"}, "long alice\n"),
+                ({}, "short alice\n")):
+            backend = self.make(FingerBackend,
+                                command=script + " short {user}", **options)
+            self.assertEqual(self.ask(backend, "alice"), "short alice\n")
+            self.assertEqual(self.ask(backend, "alice", True), text)
+
+    def test_a_list_command_that_says_nothing_has_failed(self):
+        script = self.write_script("exit 4")
+        backend = self.make(FingerBackend, command="true", list_command=script)
+        self.assert_fails(f"^{script}: gave no list$",
+                          backend.user_list, False, CLIENT, HANG)
+
+    def test_kills_grandchildren_at_the_deadline(self):
+        family, backend = self.make_family("""\
+            trap '' TERM INT HUP
+            (trap '' TERM; sleep 60) &
+            (sleep 60 | sleep 60) &
+            echo half
+            sleep 60
+            """)
+        with self.takes(0.3, 0.3 + PROMPT):
+            self.assert_fails("not done after 0.3 seconds, killed$",
+                              self.ask, backend, "alice", False, 0.3,
+                              kind=TimeoutError)
+        self.assertEqual(family.gone(), b"x\n")
+
+    def test_kills_a_fork_bomb(self):
+        family, backend = self.make_family("""\
+            (for i in 1 2 3 4 5 6 7 8 9; do
+                (for j in 1 2 3 4 5 6 7 8 9; do sleep 60 & done; wait) &
+            done; wait) &
+            while :; do sleep 60 & sleep 0.01; done
+            """)
+        self.assert_fails("killed$", self.ask, backend, "alice", False, 0.4,
+                          kind=TimeoutError)
+        self.assertEqual(family.gone(), b"x\n")
+
+    def test_does_not_wait_for_a_grandchild_that_holds_the_pipe(self):
+        family, backend = self.make_family("sleep 60 & echo hi")
+        with self.takes(0, PROMPT):
+            self.assertEqual(self.ask(backend, "alice"), "hi\n")
+        self.assertEqual(family.gone(), b"x\n")
+
+    def test_does_not_wait_for_a_grandchild_that_never_stops_talking(self):
+        family, backend = self.make_family(
+            "(while :; do echo x; sleep 0.01; done) & exec echo hi")
+        with self.takes(0, PROMPT):
+            self.assertRegex(self.ask(backend, "alice"), "(^|\n)hi\n")
+        self.assertEqual(family.gone(), b"x\n")
+
+    def test_does_not_wait_for_a_program_that_closed_its_output(self):
+        family, backend = self.make_family(
+            "echo hi; exec >&- 2>&-; sleep 60")
+        with self.takes(0, PROMPT):
+            self.assertEqual(self.ask(backend, "alice"), "hi\n")
+        self.assertEqual(family.gone(), b"x\n")
+
+    def test_a_program_that_closed_its_output_unused_has_failed(self):
+        family, backend = self.make_family("exec >&- 2>&-; sleep 60")
+        with self.takes(0, PROMPT):
+            self.assert_fails("closed its output, silent, and stayed$",
+                              self.ask, backend, "alice")
+        self.assertEqual(family.gone(), b"x\n")
+
+    def test_a_quiet_grandchild_does_not_outlive_the_answer(self):
+        family, backend = self.make_family("sleep 60 >/dev/null 2>&1 & exit 1")
+        with self.takes(0, PROMPT):
+            self.assertIsNone(self.ask(backend, "alice"))
+        self.assertEqual(family.gone(), b"x\n")
+
+    def test_kills_and_cuts_at_a_line_what_says_too_much(self):
+        family, backend = self.make_family(
+            "sleep 60 & yes 0123456789", max_output=100)
+        with self.takes(0, PROMPT):
+            self.assertEqual(self.ask(backend, "alice"),
+                             "0123456789\n" * 9 + "[truncated]\n")
+        self.assertEqual(family.gone(), b"x\n")
+
+    def test_cuts_no_character_in_half(self):
+        for script, text in (
+                (r"printf '\303\251\303\251\303\251'", "\u00e9\u00e9\n"),
+                (r"printf 'a\n\303\251\303\251'", "a\n"),
+                (r"printf '\377\377'", "\\xff\\\n"),
+                ("printf 123456", "12345\n")):
+            with self.subTest(script):
+                backend = self.make_script(script, max_output=5)
+                self.assertEqual(self.ask(backend, "alice"),
+                                 text + "[truncated]\n")
+        backend = self.make_script("printf 12345", max_output=5)
+        self.assertEqual(self.ask(backend, "alice"), "12345")
+
+    def test_reads_away_complaints_without_end(self):
+        backend = self.make_script(
+            "head -c 300000 /dev/zero | tr '\\0' x >&2; echo hi")
+        self.assertEqual(self.ask(backend, "alice"), "hi\n")
+        self.assertEqual(len(self.reports), 1)
+        self.assertTrue(self.reports[0].endswith(": " + "x" * 4096))
+        run = fingerd_backends.Run(["/bin/sh", os.path.join(
+            self.folder, "script")], {"PATH": fingerd_backends.PATH}, 99)
+        run.read(time.monotonic() + HANG)
+        self.assertTrue(run.stop())
+        self.assertEqual(len(run.errors), 4096)
+
+    def test_reports_complaints_of_a_program_that_is_late(self):
+        backend = self.make_script("echo waiting >&2; exec sleep 60")
+        self.assert_fails("killed$", self.ask, backend, "alice", False, 0.3,
+                          kind=TimeoutError)
+        self.assertRegex(self.reports[0], "on standard error: waiting$")
+
+    def test_a_program_that_cannot_be_run_is_a_failure_with_a_reason(self):
+        path = self.write_script("echo hi", shell="")
+        backend = self.make(FingerBackend, command=path)
+        self.assert_fails(f"^{path}: cannot be run: Exec format error$",
+                          self.ask, backend, "alice")
+        os.unlink(path)
+        self.assert_fails(
+            f"^{path}: cannot be run: No such file or directory$",
+            self.ask, backend, "alice")
+
+    def test_being_out_of_descriptors_leaves_nothing_behind(self):
+        script = self.write_script("echo hi")
+        out = run_python(self, """\
+            import os, resource, sys
+            import fingerd_backends
+            backend = fingerd_backends.FingerBackend({
+                "command": sys.argv[1], "list_command": "",
+                "verbose_command": sys.argv[1], "pattern": "a",
+                "max_output": 99}, print)
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            probe = os.open("/", 0)
+            os.close(probe)
+            for spare in range(12):
+                resource.setrlimit(resource.RLIMIT_NOFILE,
+                                   (probe + spare, hard))
+                try:
+                    text = backend.lookup("a", False, "", 10)
+                except OSError as error:
+                    text = type(error).__name__ + " "
+                text = text or "unknown"
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+                now = os.open("/", 0)
+                os.close(now)
+                assert now == probe, (spare, now, probe)
+                try:
+                    print(text.strip(), os.waitpid(-1, os.WNOHANG))
+                except ChildProcessError:
+                    print(text.strip())
+            """, script).split()
+        self.assertEqual(out[0], "OSError")
+        self.assertEqual(out[-1], "hi")
+        self.assertLessEqual({"OSError", "hi"}, set(out))
+
+    def test_works_without_waitid_and_with_sigchld_ignored(self):
+        script = self.write_script("""\
+            case $1 in a) echo hi ;; b) exit 1 ;; c) sleep 60 ;; esac""")
+        for change in ("del os.waitid",
+                       "signal.signal(signal.SIGCHLD, signal.SIG_IGN)"):
+            out = run_python(self, f"""\
+                import os, signal, sys
+                import fingerd_backends
+                {change}
+                backend = fingerd_backends.FingerBackend({{
+                    "command": sys.argv[1] + " {{user}}", "list_command": "",
+                    "verbose_command": sys.argv[1], "pattern": "[a-z]",
+                    "max_output": 99}}, print)
+                print(repr(backend.lookup("a", False, "", 10)))
+                print(repr(backend.lookup("b", False, "", 10)))
+                try:
+                    backend.lookup("c", False, "", 0.2)
+                except TimeoutError:
+                    print("late")
+                """, script)
+            with self.subTest(change):
+                # The status is lost when the system reaps.
+                other = "None" if change.startswith("del") else "''"
+                self.assertEqual(out, f"'hi\\n'\n{other}\nlate\n")
+
+    @unittest.skipUnless(shutil.which("finger", path=fingerd_backends.PATH),
+                         "needs Debian's finger")
+    def test_understands_the_finger_of_debian(self):
+        backend = self.make(FingerBackend)
+        for verbose in (False, True):
+            self.assertIsNone(self.ask(backend, "no-such-user", verbose))
+            self.assertRegex(self.ask(backend, "root", verbose),
+                             r"^Login: root\b")
+        self.assertEqual(self.reports, [])
+
+
+# ---- web ------------------------------------------------------------------
+
+class WebBackendTest(BackendCase):
+
+    def make_web(self, origin, clock=None, **options):
+        if origin is not None and "url" not in options:
+            options["url"] = origin.url + "/~{user}"
+        options = dict(defaults(WebBackend), **options)
+        if clock is None:
+            return WebBackend(options, self.reports.append)
+        return WebBackend(options, self.reports.append, clock=clock)
+
+    def make_table(self, pages, **options):
+        """One backend for many pages; the user of each is its number."""
+        origin = self.start_origin({
+            f"/~{number}": page for number, page in enumerate(pages)})
+        return origin, self.make_web(origin, **options)
+
+    def trust_test_cert(self):
+        """Write the certificate; have TLS clients of this process trust it."""
+        path = os.path.join(self.folder, "cert.pem")
+        with open(path, "w", encoding="ascii") as file:
+            file.write(TEST_CERT)
+        before = os.environ.get("SSL_CERT_FILE")
+        os.environ["SSL_CERT_FILE"] = path
+        if before is None:
+            self.addCleanup(os.environ.pop, "SSL_CERT_FILE")
+        else:
+            self.addCleanup(os.environ.__setitem__, "SSL_CERT_FILE", before)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(path)
+        return context
+
+    def test_puts_the_name_into_one_segment(self):
+        origin = self.start_origin()
+        backend = self.make_web(origin)
+        for name, path in (
+                ("alice", "alice"), ("a.b-c_d~e", "a.b-c_d~e"),
+                ("a/b", "a%2Fb"), ("a?b#c", "a%3Fb%23c"), ("a%2fb", "a%252fb"),
+                ("a;b&c=d", "a%3Bb%26c%3Dd"), ("h\u00e9", "h%C3%A9"),
+                ("{user}", "%7Buser%7D"), ("a:80", "a%3A80")):
+            with self.subTest(name):
+                self.assertIsNone(self.ask(backend, name))
+                self.assertEqual(origin.asked.pop(), "/~" + path)
+
+    def test_never_asks_for_what_may_climb(self):
+        origin = self.start_origin()
+        plain = self.make_web(origin, url=origin.url + "/{user}")
+        dotted = self.make_web(origin, url=origin.url + "/.{user}/plan")
+        for backend, names in (
+                (plain, (".", "..", "../x", "x/..", "x/../y", "..\\x", "%2e",
+                         "%2E%2e", "a%2f..", "..;x")),
+                (dotted, (".", "./x", "%2e"))):
+            for name in names:
+                with self.subTest(name):
+                    self.assertIsNone(self.ask(backend, name))
+        self.assertEqual(origin.asked, [])
+        self.ask(plain, "...")
+        self.ask(dotted, "..")
+        self.assertEqual(origin.asked, ["/...", "/.../plan"])
+
+    def test_says_who_it_is(self):
+        origin = self.start_origin()
+        self.ask(self.make_web(origin), "alice")
+        self.assertEqual(origin.headers[0]["User-Agent"], "fingerd/1.0")
+        self.assertEqual(origin.headers[0]["Accept-Encoding"], "identity")
+
+    def test_appends_the_name_to_a_prefix(self):
+        origin = self.start_origin({"/users/alice": text_page("hi\n")})
+        backend = self.make_web(origin, url="", prefix=origin.url + "/users/")
+        self.assertEqual(self.ask(backend, "alice"), "hi\n")
+
+    def test_complains_of_bad_settings(self):
+        address = "https://example.org/~{user}"
+        self.assert_refused(WebBackend, (
+            ({}, "url: is missing; write url = https://example.org/~{user}"),
+            ({"url": address, "prefix": "https://example.org/"},
+             "prefix: url is set as well; write only one of them"),
+            ({"url": "https://example.org/"},
+             ('url: "https://example.org/" has no place for the name; write '
+             "{user} in its path")),
+            ({"url": "https://example.org/#{user}"},
+             ('url: "https://example.org/#{user}" has no place for the name; '
+             "write {user} in its path")),
+            ({"url": "ftp://example.org/{user}"},
+             ('url: "ftp://example.org/{user}" is not a web address; write '
+             "https://host/path")),
+            ({"url": "file:///etc/{user}"},
+             ('url: "file:///etc/{user}" is not a web address; write '
+             "https://host/path")),
+            ({"url": "http:///{user}"},
+             ('url: "http:///{user}" is not a web address; write '
+             "https://host/path")),
+            ({"url": "example.org/{user}"},
+             ('url: "example.org/{user}" is not a web address; write '
+             "https://host/path")),
+            ({"url": "https://{user}.example.org/"},
+             ('url: "https://{user}.example.org/" lets the client name the '
+             'host; write "/" after the host')),
+            ({"prefix": "https://example.org"},
+             ('prefix: "https://example.org{user}" lets the client name the '
+             'host; write "/" after the host')),
+            ({"prefix": address},
+             (f'prefix: "{address}" holds {{user}}, but the name is appended; '
+              "leave it out, or write url")),
+            ({"url": "https://me:secret@example.org/{user}"},
+             ("url: there is a user name or password before the host; leave "
+             "it out")),
+            ({"url": "https://example.org/a/../{user}"},
+             ('url: "https://example.org/a/../{user}" holds a "." or ".." '
+             "segment; write the path without")),
+            ({"url": "https://example.org/a b/{user}"},
+             ('url: "https://example.org/a b/{user}" holds a space or a '
+             "character beyond ASCII; write it percent-encoded")),
+            ({"url": "https://example.org:http/{user}"},
+             ('url: "https://example.org:http/{user}" is not a URL (port '
+             "could not be cast to integer value as 'http'); correct it")),
+            ({"url": address, "index": "/list"},
+             'index: "/list" is not a web address; write https://host/path'),
+            ({"url": address, "index": address},
+             (f'index: "{address}" holds {{user}}, but a list is of no user; '
+              "leave it out"))))
+
+    def test_status_decides_between_unknown_and_failure(self):
+        table = (
+            (404, None), (410, None), (204, "204 No Content"),
+            (206, "206 Partial Content"), (401, "401 Unauthorized"),
+            (403, "403 Forbidden"), (429, "429 Too Many Requests"),
+            (500, "500 Internal Server Error"),
+            (503, "503 Service Unavailable"))
+        origin, backend = self.make_table(
+            [(status, {}, b"") for status, _ in table])
+        for number, (status, reason) in enumerate(table):
+            with self.subTest(status):
+                if reason is None:
+                    self.assertIsNone(self.ask(backend, str(number)))
+                else:
+                    self.assert_fails(
+                        f"^GET {origin.url}/~{number}: {reason}$",
+                        self.ask, backend, str(number))
+
+    def test_an_index_that_is_not_there_is_a_failure(self):
+        origin = self.start_origin()
+        backend = self.make_web(origin, index=origin.url + "/list")
+        self.assert_fails(f"^GET {origin.url}/list: there is no such page$",
+                          backend.user_list, False, CLIENT, HANG)
+
+    def test_makes_text_of_html(self):
+        for page, text in (
+                ("<p>Hello,   <b>big</b>\n world", "Hello, big world\n"),
+                ("<title>Alice &amp; Co</title><h1>Plan</h1>to rest",
+                 "Alice & Co\n\nPlan\n\nto rest\n"),
+                ("<head><title> Plan </title></head><h1>plan</h1>x",
+                 "plan\n\nx\n"),
+                ("<title></title>x", "x\n"),
+                ("a<br>b<br/>c<BR >d", "a\nb\nc\nd\n"),
+                ("<ul><li>a<li>b</ul>c", "* a\n* b\n\nc\n"),
+                ("<ol><li> <p>a</p></li><li></li><li>b</li></ol>",
+                 "* a\n\n*\n* b\n"),
+                ("<div>a<div>b</div></div><div>c<br></div>d<br><br>e",
+                 "a\nb\nc\nd\n\ne\n"),
+                ("<pre>\n a\n\n   b\tc </pre>d", " a\n\n   b\tc\n\nd\n"),
+                ("<pre>a<b>  b</b></pre>c  d", "a  b\n\nc d\n"),
+                ("<table><tr><th>a</th><td>b</td></tr><tr><td>c<td>d</table>",
+                 "a\tb\nc\td\n"),
+                ("<script>if (a<b) '</p>'</script>a<STYLE>p{}</Style>b",
+                 "ab\n"),
+                ("a<script>never closed <p>b", "a\n"),
+                ("a<!-- <p>x</p> -- > -->b<!-->c<!--->d<!-- never closed <p>",
+                 "abcd\n"),
+                ("<!DOCTYPE html><?xml version='1.0'?>a</>b</ x>c", "abc\n"),
+                ("<a href='/x?a>b' title=\"c>d\">link</a>", "link\n"),
+                ("<a href=it's>link</a> it's", "link it's\n"),
+                ("1 < 2 <= 3 <3 & 4 &lt;b&gt;", "1 < 2 <= 3 <3 & 4 <b>\n"),
+                ("&eacute;&#233;&#xe9;&nbsp;x&bogus;&amp",
+                 "\u00e9\u00e9\u00e9 x&bogus;&\n"),
+                ("&#" + "9" * 5000 + ";x&#x" + "9" * 5000 + ";",
+                 "\ufffdx\ufffd\n"),
+                ("a\0b\1c\2d&#1;e&#2;", "abcde\n"),
+                ("a<!-- never > closed", "a\n"),
+                ("</ul></li></pre></p>a</div>", "a\n"),
+                ("a<div><div><p></div>\n\n\n<p><p>b", "a\n\nb\n"),
+                ("a<p", "a\n"), ("a<p title='x", "a\n"), ("<", "<\n"),
+                ("  \n ", ""), ("", "")):
+            with self.subTest(page):
+                self.assertEqual(fingerd_backends.html_text(page), text)
+
+    def test_hostile_html_takes_no_longer_than_other_html(self):
+        size = 64 * 1024
+        for piece in ("<", "<a", "<a ", "</", "</a", "<!", "<!--", "<!-- >",
+                      "<?", "<a b='", '<a b="', "<a b=", "='\"", "<a =\"'",
+                      "<![CDATA[", "<script>", "<script></", "</script ",
+                      "<title>", "<title></title", "<pre>", "<pre> ", "<li>",
+                      "<li> \n", "<li><p>", "<td>", "<p>", "<b>", "&", "&#",
+                      "&#9", "&#x9", "&lt", "&a", " ", "\n", "\t", "\xa0",
+                      "\2", "<div>", "x<", "]]>", "--", "-->"):
+            for start in ("", "<pre>", "<a b='", "&#"):
+                page = start + piece * (size // len(piece))
+                begin = time.process_time()
+                fingerd_backends.html_text(page[:size])
+                self.assertLess(time.process_time() - begin, 0.5,
+                                (start, piece))
+
+    def test_honours_the_charset(self):
+        meta = "<meta charset=%s>"
+        long_meta = ("<meta http-equiv='Content-Type' content="
+                     "'text/html; charset=%s'>")
+        table = (
+            ("text/plain; charset=utf-8", b"h\xc3\xa9\n", "h\u00e9\n"),
+            ("text/plain", b"h\xc3\xa9\n", "h\u00e9\n"),
+            ("text/plain", b"\xef\xbb\xbfh\xe9\n", "h\\xe9\n"),
+            ("text/plain; charset=ISO-8859-1", b"h\xe9 \x93x\x94\n",
+             "h\u00e9 \u201cx\u201d\n"),
+            ("text/plain; charset=us-ascii", b"h\xe9\n", "h\u00e9\n"),
+            ("text/plain; charset=ISO-8859-15", b"\xa4\n", "\u20ac\n"),
+            ("text/plain; charset=Windows-1251", b"\xcf\n", "\u041f\n"),
+            ("text/plain; charset=KOI8-R", b"\xf0\n", "\u041f\n"),
+            ("text/plain; charset=Shift_JIS", b"\x93\xfa\n", "\u65e5\n"),
+            ("text/plain; charset=gb2312", b"\xc8\xd5\n", "\u65e5\n"),
+            ("text/plain; charset=UTF-16", "\ufeffx\n".encode("utf-16-le"),
+             "x\n"),
+            ("text/plain; charset=utf-16le", b"\0\xd8x\0\n\0",
+             "\\x00\\xd8x\n"),
+            ("text/html; charset=koi8-r", b"<meta charset=cp1251>\xf0",
+             "\u041f\n"),
+            ("text/html", (meta % "'windows-1251'").encode() + b"\xcf",
+             "\u041f\n"),
+            ("text/html", (long_meta % "koi8-r").encode() + b"\xf0",
+             "\u041f\n"),
+            ("text/html", (meta % "utf-16").encode() + b"x", "x\n"),
+            ("text/html", b" " * 1024 + b"<meta charset=koi8-r>\xf0",
+             "\\xf0\n"),
+            ("text/plain", b"<meta charset=koi8-r>\xf0",
+             "<meta charset=koi8-r>\\xf0"))
+        _, backend = self.make_table([(200, {"Content-Type": kind}, page)
+                                      for kind, page, _ in table])
+        for number, (kind, page, text) in enumerate(table):
+            with self.subTest(kind + repr(page)):
+                self.assertEqual(self.ask(backend, str(number)), text)
+
+    def test_a_charset_that_is_no_charset_is_read_as_utf_8(self):
+        table = ("hex", "zlib", "bz2", "rot13", "idna", "punycode",
+                 "unicode_escape", "raw_unicode_escape", "utf-7", "undefined",
+                 "mbcs", "nonsense", "x" * 300, "../os", "a\\b", "'", "%s")
+        kind = 'text/plain; charset="%s"'
+        _, backend = self.make_table([
+            (200, {"Content-Type": kind % charset}, b"h\xc3\xa9\\x\xff")
+            for charset in table])
+        for number, charset in enumerate(table):
+            with self.subTest(charset):
+                self.assertEqual(self.ask(backend, str(number)),
+                                 "h\u00e9\\x\\xff")
+
+    def test_every_charset_is_one_of_text(self):
+        for name in sorted(fingerd_backends.CODECS):
+            with self.subTest(name):
+                self.assertEqual(type("x\n".encode(name).decode(name)), str)
+                self.assertIsNotNone(codecs.getincrementaldecoder(name))
+
+    def test_passes_on_text_only(self):
+        table = (
+            ("text/plain", "<b>"), ("text/markdown", "<b>"),
+            ("text/x-anything; a=b", "<b>"), ("application/json", "<b>"),
+            ("application/ld+json", "<b>"), ("application/xml", "<b>"),
+            ("text/html", ""), ("application/xhtml+xml", ""),
+            ("TEXT/HTML", ""),
+            ("image/png", None), ("application/octet-stream", None),
+            ("application/pdf", None), ("application/zip", None),
+            ("application/jsonx", None), ("video/mp4", None))
+        _, backend = self.make_table([(200, {"Content-Type": kind}, b"<b>")
+                                      for kind, _ in table])
+        for number, (kind, text) in enumerate(table):
+            with self.subTest(kind):
+                if text is None:
+                    self.assert_fails(f': its type "{kind}" is not text$',
+                                      self.ask, backend, str(number))
+                else:
+                    self.assertEqual(self.ask(backend, str(number)), text)
+
+    def test_unpacks_what_is_packed_and_no_more_than_allowed(self):
+        limit, page = 1000, b"line\n" * 100
+        packed, big = gzip.compress(page), gzip.compress(bytes(10 ** 7))
+        deflate = zlib.compressobj(wbits=-15)
+        bare = deflate.compress(page) + deflate.flush()
+        cut = "line\n" * 200 + "[truncated]\n"
+        zeros = "\0" * 1000 + "\n[truncated]\n"
+        table = (
+            ("gzip", packed, page.decode()),
+            ("x-gzip", packed, page.decode()),
+            ("GZIP", packed, page.decode()),
+            ("gzip", packed * 2, page.decode() * 2),
+            ("gzip", packed * 1000, cut),
+            ("gzip", packed + bytes(512), page.decode()),
+            ("gzip", gzip.compress(b"") * 5000 + packed, page.decode()),
+            ("deflate", zlib.compress(page), page.decode()),
+            ("deflate", bare, page.decode()),
+            ("deflate", zlib.compress(bytes(10 ** 7)), zeros),
+            ("gzip", big, zeros),
+            ("identity", page, page.decode()),
+            ("gzip", b"", ""),
+            ("gzip", packed[:-1], OSError("its gzip data ended early")),
+            ("gzip", packed[:20], OSError("its gzip data ended early")),
+            ("gzip", packed + packed[:9],
+             OSError("its gzip data ended early")),
+            ("deflate", bare[:-1],
+             OSError("its deflate data ended early")),
+            ("gzip", b"plain text\n", OSError("error: Error -3 .*")),
+            ("gzip", packed[:-8] + bytes(8),
+             OSError("error: Error -3 .*")),
+            ("br", page, OSError('its encoding "br" was not asked for')),
+            ("gzip, gzip", page,
+             OSError('its encoding "gzip, gzip" was not asked for')))
+        _, backend = self.make_table([
+            (200, {"Content-Type": "text/plain", "Content-Encoding": coding},
+             data) for coding, data, _ in table], max_output=limit)
+        for number, (coding, data, text) in enumerate(table):
+            with self.subTest(f"{coding} {data[:50]!r}"):
+                if isinstance(text, OSError):
+                    self.assert_fails(f"/~{number}: {text}$",
+                                      self.ask, backend, str(number))
+                else:
+                    self.assertEqual(self.ask(backend, str(number)), text)
+
+    def test_a_bomb_is_never_unpacked_beyond_the_limit(self):
+        deflate = zlib.compressobj(9, wbits=31)
+        bomb = b"".join(deflate.compress(bytes(2 ** 20)) for _ in range(64))
+        bomb += deflate.flush()
+        for piece in fingerd_backends.unpack(iter([bomb]), "gzip", 5000):
+            self.assertLessEqual(len(piece), 5001)
+            break
+        origin = self.start_origin({"/~x": (200, {
+            "Content-Type": "text/plain", "Content-Encoding": "gzip"}, bomb)})
+        out = run_python(self, """\
+            import resource, sys
+            import fingerd_backends
+            backend = fingerd_backends.WebBackend({
+                "url": sys.argv[1] + "/~{user}", "prefix": "", "index": "",
+                "max_output": 5000, "cache": 60, "stale": 60,
+                "redirect_hosts": ()}, print)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            text = backend.lookup("x", False, "", 10)
+            after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            print(len(text), (after - before) * 1024 < 8 * 2 ** 20)
+            """, origin.url)
+        self.assertEqual(out, "5013 True\n")
+
+    def test_cuts_a_page_that_is_too_long_and_reads_no_more(self):
+        def endless(handler):
+            handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n")
+            while not handler.server.leaving.is_set():
+                handler.wfile.write(b"0123456789\n" * 1000)
+
+        origin = self.start_origin({"/~x": endless, "/~y": html_page(
+            "<p>" + "0123456789<br>" * 1000)})
+        backend = self.make_web(origin, max_output=100)
+        with self.takes(0, PROMPT):
+            self.assertEqual(self.ask(backend, "x"),
+                             "0123456789\n" * 9 + "[truncated]\n")
+        self.assertRegex(self.ask(backend, "y"),
+                         "^(0123456789\n){6}.*\n?\\[truncated\\]\n$")
+
+    def test_a_reply_that_ends_early_or_is_no_http_is_a_failure(self):
+        head = b"HTTP/1.1 200 OK\r\nConnection: close\r\n"
+        chunked = head + b"Transfer-Encoding: chunked\r\n\r\n"
+        table = (
+            (b"HTTP/1.0 200 OK\r\n\r\nhi\n", "hi\n"),
+            (head + b"Content-Length: 3\r\n\r\nhi\nmore", "hi\n"),
+            (chunked + b"3\r\nhi\n\r\n0\r\n\r\n", "hi\n"),
+            (head + b"\r\n", ""),
+            (b"HTTP/1.1 100 Continue\r\n\r\n" + head + b"\r\nhi\n",
+             "hi\n"),
+            (head + b"Content-Length: 9\r\n\r\nhi\n",
+             OSError("the answer ended early")),
+            (head + b"Content-Length: 9\r\n\r\n",
+             OSError("the answer ended early")),
+            (chunked + b"3\r\nhi\n\r\n", OSError("the answer ended early")),
+            (chunked + b"9\r\nhi\n", OSError("the answer ended early")),
+            (chunked + b"what\r\n", OSError("the answer ended early")),
+            (b"", OSError("Remote end closed connection .*")),
+            (b"SSH-2.0-OpenSSH_9.2\r\n", OSError("BadStatusLine: .*")),
+            (b"HTTP/1.0 9999 OK\r\n\r\n", OSError("BadStatusLine: .*")),
+            (b"x" * 70000, OSError("LineTooLong: .*")),
+            (b"HTTP/1.0 200 OK\r\n" + b"A: b\r\n" * 200 + b"\r\n",
+             OSError("HTTPException: .*")),
+            (b"HTTP/1.0 200 OK\r\nContent-Length: x\r\n\r\nhi\n",
+             "hi\n"))
+        origin, backend = self.make_table([raw(reply) for reply, _ in table])
+        for number, (reply, answer) in enumerate(table):
+            with self.subTest(reply[:100]):
+                if isinstance(answer, OSError):
+                    self.assert_fails(
+                        f"^GET {origin.url}/~{number}: {answer}$",
+                        self.ask, backend, str(number))
+                else:
+                    self.assertEqual(self.ask(backend, str(number)), answer)
+
+    def test_a_dripping_server_does_not_extend_the_deadline(self):
+        head = b"HTTP/1.1 200 OK\r\n"
+        chunked = head + b"Transfer-Encoding: chunked\r\n\r\n"
+        pages = {
+            "status": drip(b"HTTP"), "header": drip(head + b"A: "),
+            "headers": drip(head, b"A: b\r\n"),
+            "continue": drip(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+            "body": drip(head + b"\r\n"),
+            "length": drip(head + b"Content-Length: 9999\r\n\r\n"),
+            "chunk": drip(chunked + b"ff\r\n"),
+            "chunks": drip(chunked, b"1\r\nx\r\n"),
+            "extension": drip(chunked + b"1;"),
+            "trailer": drip(chunked + b"0\r\n", b"A: b\r\n"),
+            "packed": drip(head + b"Content-Encoding: gzip\r\n\r\n",
+                           gzip.compress(b"")),
+            "redirect": drip(b"HTTP/1.1 302 x\r\nLocation: /~redirect\r\n"),
+            "silent": lambda handler: handler.server.leaving.wait(HANG)}
+        origin = self.start_origin(
+            {"/~" + name: page for name, page in pages.items()})
+        backend = self.make_web(origin)
+        with self.takes(0.5, 0.5 + PROMPT):
+            results = in_threads([
+                lambda name=name: self.ask(backend, name, False, 0.5)
+                for name in pages])
+        for name, result in zip(pages, results):
+            with self.subTest(name):
+                self.assertIs(type(result), TimeoutError)
+                self.assertRegex(
+                    str(result), f"^GET {origin.url}/~{name}: .*timed out$")
+
+    def test_redirects_share_one_deadline(self):
+        def hop(handler):
+            handler.server.leaving.wait(0.2)
+            handler.wfile.write(b"HTTP/1.0 302 x\r\nLocation: /~x\r\n\r\n")
+
+        backend = self.make_web(self.start_origin({"/~x": hop}))
+        with self.takes(0.3, 0.3 + PROMPT / 4):
+            self.assert_fails("timed out$", self.ask, backend, "x", False,
+                              0.3, kind=TimeoutError)
+
+    def test_tls_keeps_to_the_deadline_too(self):
+        tls = self.trust_test_cert()
+        origin = self.start_origin(
+            {"/~x": drip(b"HTTP/1.0 200 OK\r\n\r\n")}, tls=tls)
+        backend = self.make_web(origin)
+        with self.takes(0.3, 0.3 + PROMPT):
+            self.assert_fails("timed out$", self.ask, backend, "x", False,
+                              0.3, kind=TimeoutError)
+
+    def test_a_slow_tls_handshake_leaves_less_for_the_page(self):
+        tls = self.trust_test_cert()
+        origin = self.start_origin({
+            "/~x": lambda handler: handler.server.leaving.wait(HANG)}, tls=tls)
+        origin.delay = 0.6
+        backend = self.make_web(origin)
+        with self.takes(0.8, 1.3):
+            self.assert_fails("timed out$", self.ask, backend, "x", False,
+                              0.8, kind=TimeoutError)
+
+    def test_a_dripping_tls_handshake_does_not_extend_the_deadline(self):
+        self.trust_test_cert()
+        leaving = threading.Event()
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            def serve():
+                with contextlib.suppress(OSError), server.accept()[0] as peer:
+                    peer.sendall(b"\x16\x03\x03\x40\x00")
+                    while not leaving.wait(0.02):
+                        peer.sendall(b"\x02")
+
+            thread = threading.Thread(target=serve)
+            thread.start()
+            port = server.getsockname()[1]
+            backend = self.make_web(
+                None, url=f"https://127.0.0.1:{port}/{{user}}")
+            with self.takes(0.3, 0.3 + PROMPT):
+                self.assert_fails("timed out$", self.ask, backend, "x", False,
+                                  0.3, kind=TimeoutError)
+            leaving.set()
+            thread.join(HANG)
+
+    def test_a_host_that_takes_no_connection_does_not_extend_it(self):
+        with socket.socket() as server, contextlib.ExitStack() as stack:
+            server.bind(("127.0.0.1", 0))
+            server.listen(0)
+            address = server.getsockname()
+            # Fill the queue: the next connection attempt hangs.
+            for _ in range(4):
+                filler = stack.enter_context(socket.socket())
+                filler.setblocking(False)
+                filler.connect_ex(address)
+            backend = self.make_web(
+                None, url=f"http://127.0.0.1:{address[1]}/{{user}}")
+            with self.takes(0.3, 0.3 + PROMPT):
+                self.assert_fails("timed out$", self.ask, backend, "x", False,
+                                  0.3, kind=TimeoutError)
+
+    def test_a_dead_address_does_not_starve_the_next(self):
+        # No real name has such addresses everywhere, nor a service that
+        # hangs: the name service alone is stood in for, here and below.
+        origin = self.start_origin({"/~x": text_page("hi\n")})
+        with socket.socket() as server, contextlib.ExitStack() as stack:
+            server.bind(("127.0.0.1", 0))
+            server.listen(0)
+            for _ in range(4):
+                filler = stack.enter_context(socket.socket())
+                filler.setblocking(False)
+                filler.connect_ex(server.getsockname())
+            found: list[Any] = [
+                (socket.AF_INET, socket.SOCK_STREAM, 6, "", target)
+                for target in (server.getsockname(), ("127.0.0.1", 1),
+                               origin.server_address)]
+            found.insert(0, (12345, socket.SOCK_STREAM, 6, "", None))
+            self.answer_names_with(lambda *args, **options: found)
+            backend = self.make_web(None, url="http://test.invalid/~{user}")
+            with self.takes(0.1, PROMPT):
+                self.assertEqual(self.ask(backend, "x", False, 1.2), "hi\n")
+
+    def answer_names_with(self, function):
+        real = socket.getaddrinfo
+
+        def getaddrinfo(host, *args, **options):
+            if options.get("flags") == socket.AI_NUMERICHOST:
+                return real(host, *args, **options)
+            return function(host, *args, **options)
+
+        socket.getaddrinfo = getaddrinfo
+        self.addCleanup(setattr, socket, "getaddrinfo", real)
+
+    def test_a_name_service_that_hangs_costs_one_thread_and_no_time(self):
+        release, asked = threading.Event(), []
+
+        def hang(host, *args, **options):
+            asked.append(host)
+            release.wait(HANG)
+            raise socket.gaierror(socket.EAI_AGAIN, "try again")
+
+        self.answer_names_with(hang)
+        self.addCleanup(release.set)
+        backend = self.make_web(None, url="http://test.invalid/{user}")
+        with self.takes(0.3, 0.3 + PROMPT):
+            results = in_threads([
+                lambda name=name: self.ask(backend, name, False, 0.3)
+                for name in "abcdefgh"])
+        self.assertEqual({(type(result), str(result)) for result in results},
+                         {(TimeoutError, (f"GET http://test.invalid/{name}: "
+                            "no address of test.invalid in time"))
+                          for name in "abcdefgh"})
+        self.assertEqual(asked, ["test.invalid"])
+
+    def test_a_name_without_address_is_a_failure_with_a_reason(self):
+        def fail(*args, **options):
+            raise socket.gaierror(socket.EAI_NONAME, "Name not known")
+
+        self.answer_names_with(fail)
+        backend = self.make_web(None, url="http://test.invalid/{user}")
+        self.assert_fails("^GET http://test.invalid/x: no address of "
+                          "test.invalid: Name not known$",
+                          self.ask, backend, "x")
+
+    def test_follows_redirects_on_the_same_host_only(self):
+        port = self.start_origin({"/~x": text_page("other port\n")}).port
+        origin = self.start_origin({"/there": text_page("hi\n"),
+                                    "/caf%C3%A9%20x": text_page("coffee\n")})
+        here, own = origin.url, origin.port
+        backend = self.make_web(origin, cache=0.0)
+        for location, answer in (
+                ("/there", "hi\n"), ("there", "hi\n"), ("?x#y", "gone"),
+                (here + "/there", "hi\n"),
+                (f"//127.0.0.1:{own}/there", "hi\n"),
+                ("/caf\u00e9 x".encode().decode("latin-1"), "coffee\n"),
+                ("/nowhere", "gone"),
+                (f"http://localhost:{own}/there", "refused"),
+                (f"http://127.0.0.1:{port}/~x", "refused"),
+                ("http://127.0.0.1:22/", "refused"),
+                ("http://127.0.0.1@localhost/there", "refused"),
+                (f"http://me@127.0.0.1:{own}/there", "refused"),
+                ("http://[::1]/", "refused"),
+                ("file:///etc/passwd", "refused"),
+                ("ftp://127.0.0.1/x", "refused"),
+                ("data:text/plain,x", "refused"),
+                ("gopher://127.0.0.1/", "refused"),
+                ("javascript:alert(1)", "refused"),
+                ("http://[/", "failed"),
+                ("http://127.0.0.1:x/", "failed")):
+            with self.subTest(location):
+                origin.pages["/~x"] = raw(
+                    f"HTTP/1.0 302 x\r\nLocation: {location}\r\n\r\n"
+                    .encode("latin-1"))
+                if answer == "refused":
+                    self.assert_fails('redirected to ".*", which is not '
+                                      "allowed$", self.ask, backend, "x")
+                elif answer == "failed":
+                    self.assert_fails("ValueError: ", self.ask, backend, "x")
+                else:
+                    self.assertEqual(self.ask(backend, "x"),
+                                     None if answer == "gone" else answer)
+        for status in (301, 302, 303, 307, 308):
+            with self.subTest(status):
+                origin.pages["/~x"] = (status, {"Location": "/there"}, b"")
+                self.assertEqual(self.ask(backend, "x"), "hi\n")
+
+    def test_follows_redirects_to_hosts_that_are_named(self):
+        origin = self.start_origin({"/there": text_page("hi\n")})
+        origin.pages["/~x"] = (302, {
+            "Location": f"http://LOCALHOST:{origin.port}/there"}, b"")
+        backend = self.make_web(origin, redirect_hosts=("localhost",))
+        self.assertEqual(self.ask(backend, "x"), "hi\n")
+        backend = self.make_web(origin, redirect_hosts=("example.org",))
+        self.assert_fails("not allowed$", self.ask, backend, "x")
+
+    def test_redirects_have_an_end(self):
+        origin = self.start_origin()
+        for number in range(9):
+            origin.pages[f"/~{number}"] = (
+                302, {"Location": f"/~{number + 1}"}, b"")
+        origin.pages["/~9"] = text_page("hi\n")
+        origin.pages["/~x"] = (302, {"Location": "/~x"}, b"")
+        backend = self.make_web(origin)
+        self.assertEqual(self.ask(backend, "4"), "hi\n")
+        self.assert_fails("more than 5 redirects$", self.ask, backend, "3")
+        self.assert_fails("more than 5 redirects$", self.ask, backend, "x")
+        origin.pages["/~x"] = (302, {}, b"")
+        self.assertEqual(origin.asked.count("/~x"), 6)
+
+    def test_tls_is_verified_and_never_left(self):
+        tls = self.trust_test_cert()
+        plain = self.start_origin({"/there": text_page("plain\n")})
+        secure = self.start_origin({
+            "/~x": text_page("hi\n"), "/there": text_page("safe\n"),
+            "/~other": (302, {"Location": plain.url + "/there"}, b""),
+            "/~same": (302, {"Location": "/there"}, b"")}, tls=tls)
+        secure.pages["/~down"] = (302, {
+            "Location": f"http://127.0.0.1:{secure.port}/there"}, b"")
+        backend = self.make_web(secure)
+        self.assertEqual(self.ask(backend, "x"), "hi\n")
+        self.assertEqual(self.ask(backend, "same"), "safe\n")
+        self.assert_fails("not allowed$", self.ask, backend, "other")
+        self.assert_fails("not allowed$", self.ask, backend, "down")
+        self.assertEqual(plain.asked, [])
+        os.environ["SSL_CERT_FILE"] = os.devnull
+        backend = self.make_web(secure)
+        self.assert_fails("(?i)certificate.verify", self.ask, backend, "x")
+        self.assertEqual(secure.asked, ["/~x", "/~same", "/there", "/~other",
+                                        "/~down"])
+
+    def test_a_certificate_of_another_name_is_refused(self):
+        tls = self.trust_test_cert()
+        secure = self.start_origin({"/~x": text_page("hi\n")}, tls=tls)
+        self.answer_names_with(lambda *args, **options: [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "",
+             secure.server_address)])
+        backend = self.make_web(None, url="https://test.invalid/~{user}")
+        self.assertEqual(self.ask(backend, "x"), "hi\n")
+        backend = self.make_web(None, url="https://other.invalid/~{user}")
+        self.assert_fails("(?i)hostname mismatch|certificate",
+                          self.ask, backend, "x")
+
+    def test_uses_the_proxy_of_the_environment(self):
+        tls = self.trust_test_cert()
+        proxy = self.start_origin({
+            "http://test.invalid/~x": text_page("by proxy\n"),
+            "/~x": text_page("by tunnel\n")})
+        proxy.behind = tls
+        for name in ("http_proxy", "https_proxy"):
+            os.environ[name] = proxy.url
+            self.addCleanup(os.environ.pop, name)
+        for scheme, text in (("http", "by proxy\n"), ("https", "by tunnel\n")):
+            backend = self.make_web(None, url=scheme
+                                    + "://test.invalid/~{user}")
+            self.assertEqual(self.ask(backend, "x"), text)
+        self.assertEqual(proxy.asked, ["http://test.invalid/~x",
+                                       "CONNECT test.invalid:443", "/~x"])
+
+    def test_a_dripping_proxy_does_not_extend_the_deadline(self):
+        self.trust_test_cert()
+        leaving = threading.Event()
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            def serve():
+                with contextlib.suppress(OSError), server.accept()[0] as peer:
+                    peer.sendall(b"HTTP/1.0 200 OK\r\n")
+                    while not leaving.wait(0.02):
+                        peer.sendall(b"A: b\r\n")
+
+            thread = threading.Thread(target=serve)
+            thread.start()
+            port = server.getsockname()[1]
+            os.environ["https_proxy"] = f"http://127.0.0.1:{port}"
+            self.addCleanup(os.environ.pop, "https_proxy")
+            backend = self.make_web(None, url="https://test.invalid/~{user}")
+            with self.takes(0.3, 0.3 + PROMPT):
+                self.assert_fails("timed out$", self.ask, backend, "x", False,
+                                  0.3, kind=TimeoutError)
+            leaving.set()
+            thread.join(HANG)
+
+    def test_a_slow_proxy_leaves_less_for_the_tls_handshake(self):
+        self.trust_test_cert()
+        proxy = self.start_origin()
+
+        def connect(handler):
+            handler.server.leaving.wait(0.6)
+            handler.wfile.write(b"HTTP/1.1 200 Go on\r\n\r\n")
+            handler.server.leaving.wait(HANG)
+
+        proxy.tunnel = connect
+        os.environ["https_proxy"] = proxy.url
+        self.addCleanup(os.environ.pop, "https_proxy")
+        backend = self.make_web(None, url="https://test.invalid/~{user}")
+        with self.takes(0.8, 1.3):
+            self.assert_fails("timed out$", self.ask, backend, "x", False,
+                              0.8, kind=TimeoutError)
+
+    # -- keeping answers
+
+    def test_keeps_answers_for_a_while_unknown_users_too(self):
+        now = [100.0]
+        origin = self.start_origin({"/~x": text_page("hi\n")})
+        backend = self.make_web(origin, lambda: now[0], cache=60.0)
+        for _ in range(3):
+            self.assertEqual(self.ask(backend, "x"), "hi\n")
+            self.assertIsNone(self.ask(backend, "y"))
+        self.assertEqual(origin.asked, ["/~x", "/~y"])
+        origin.pages = {"/~y": text_page("here now\n")}
+        now[0] += 59
+        self.assertEqual(self.ask(backend, "x"), "hi\n")
+        now[0] += 1
+        self.assertIsNone(self.ask(backend, "x"))
+        self.assertEqual(self.ask(backend, "y"), "here now\n")
+
+    def test_keeps_nothing_when_told_so(self):
+        origin = self.start_origin({"/~x": text_page("hi\n")})
+        backend = self.make_web(origin, cache=0.0)
+        self.assertEqual(self.ask(backend, "x"), "hi\n")
+        self.assertEqual(self.ask(backend, "x"), "hi\n")
+        origin.pages["/~x"] = (500, {}, b"")
+        self.assert_fails("500", self.ask, backend, "x")
+        self.assert_fails("500", self.ask, backend, "x")
+        self.assertEqual(len(origin.asked), 4)
+
+    def test_asks_once_for_many_clients_at_the_same_moment(self):
+        for status, kind in ((200, str), (404, type(None)), (500, OSError)):
+            with self.subTest(status):
+                def slow(handler, status=status):
+                    handler.server.leaving.wait(0.1)
+                    handler.wfile.write(b"HTTP/1.0 %d x\r\n\r\nhi\n" % status)
+
+                origin = self.start_origin({"/~x": slow})
+                backend = self.make_web(origin)
+                results = in_threads([functools.partial(
+                    self.ask, backend, "x")] * 32)
+                self.assertEqual({type(result) for result in results}, {kind})
+                self.assertEqual(len({str(result) for result in results}), 1)
+                self.assertEqual(origin.asked, ["/~x"])
+
+    def test_who_comes_just_behind_another_does_not_ask_again(self):
+        now = [100.0]
+        between: list[Any] = []
+
+        def clock():
+            moment = now[0]
+            if between:     # another renews the answer at this very moment
+                between.pop()()
+            return moment
+
+        origin = self.start_origin({"/~x": text_page("hi\n")})
+        backend = self.make_web(origin, clock)
+        self.ask(backend, "x")
+        now[0] += 60
+        between.append(lambda: self.ask(backend, "x"))
+        self.assertEqual(self.ask(backend, "x"), "hi\n")
+        self.assertEqual(origin.asked, ["/~x"] * 2)
+
+    def test_who_waits_for_another_waits_no_longer_than_it_may(self):
+        origin = self.start_origin({"/~x": drip(b"HTTP/1.0 200 OK\r\n\r\n")})
+        backend = self.make_web(origin)
+        spent = {}
+
+        def ask(timeout):
+            start = time.monotonic()
+            with contextlib.suppress(TimeoutError):
+                self.ask(backend, "x", False, timeout)
+            spent[timeout] = time.monotonic() - start
+
+        first = threading.Thread(target=ask, args=(0.6,))
+        first.start()
+        self.assertTrue(origin.busy.wait(HANG))
+        ask(0.2)
+        self.assertTrue(first.is_alive())
+        first.join(HANG)
+        self.assertLess(spent[0.2], 0.55)
+        self.assertLess(spent[0.6], 0.6 + PROMPT)
+
+    def test_a_thread_that_hangs_does_not_hold_up_its_page(self):
+        now, stuck, release = [0.0], threading.Event(), threading.Event()
+
+        def report(text):
+            stuck.set()
+            release.wait(HANG)
+
+        origin = self.start_origin({"/~x": text_page("hi\n")})
+        backend = WebBackend(dict(defaults(WebBackend),
+                                  url=origin.url + "/~{user}"), report,
+                             clock=lambda: now[0])
+        self.ask(backend, "x")
+        origin.pages["/~x"] = (500, {}, b"")
+        now[0] = 100.0
+        thread = threading.Thread(target=self.ask,
+                                  args=(backend, "x", False, 0.3))
+        thread.start()
+        self.assertTrue(stuck.wait(HANG))
+        origin.pages["/~x"] = text_page("again\n")
+        with self.takes(0, PROMPT):
+            with contextlib.suppress(TimeoutError):
+                self.ask(backend, "x", False, 0.3)
+            self.assertEqual(self.ask(backend, "x"), "again\n")
+        release.set()
+        thread.join(HANG)
+
+    def test_gives_an_old_answer_while_the_origin_fails(self):
+        now = [100.0]
+        origin = self.start_origin({"/~x": text_page("hi\n")})
+        backend = self.make_web(origin, lambda: now[0], cache=60.0,
+                                stale=3600.0)
+        self.assertEqual(self.ask(backend, "x"), "hi\n")
+        self.assertIsNone(self.ask(backend, "y"))
+        origin.pages = {"/~x": (503, {}, b""), "/~y": (503, {}, b"")}
+        now[0] += 60
+        for _ in range(3):
+            self.assertEqual(self.ask(backend, "x"), "hi\n")
+            self.assertIsNone(self.ask(backend, "y"))
+        self.assertEqual(self.reports, [
+            f"an old answer is given: GET {origin.url}/~{name}: 503 Service"
+             " Unavailable" for name in "xy"])
+        self.assertEqual(origin.asked, ["/~x", "/~y"] * 2)
+        now[0] += 5
+        self.assertEqual(self.ask(backend, "x"), "hi\n")
+        self.assertEqual(origin.asked[4:], ["/~x"])
+        now[0] = 100.0 + 60 + 3600
+        self.assert_fails("503", self.ask, backend, "x")
+        origin.pages = {"/~x": text_page("back\n")}
+        self.assert_fails("503", self.ask, backend, "x")
+        now[0] += 5
+        self.assertEqual(self.ask(backend, "x"), "back\n")
+
+    def test_an_old_answer_comes_before_the_deadline(self):
+        now = [100.0]
+        origin = self.start_origin({"/~x": text_page("hi\n")})
+        backend = self.make_web(origin, lambda: now[0])
+        self.ask(backend, "x")
+        origin.pages["/~x"] = drip(b"HTTP/1.0 200 OK\r\n\r\n")
+        now[0] += 61
+        with self.takes(0.7, 1.5):
+            self.assertEqual(self.ask(backend, "x", False, 1.6), "hi\n")
+
+    def test_leaves_a_failing_page_alone_for_a_while(self):
+        now = [100.0]
+        origin = self.start_origin({"/~x": (500, {}, b""),
+                                    "/~y": text_page("hi\n")})
+        backend = self.make_web(origin, lambda: now[0])
+        for _ in range(3):
+            self.assert_fails("^GET .*: 500 Internal Server Error$",
+                              self.ask, backend, "x")
+            self.assertEqual(self.ask(backend, "y"), "hi\n")
+        self.assertEqual(origin.asked, ["/~x", "/~y"])
+        now[0] += 5
+        self.assert_fails("500", self.ask, backend, "x")
+        self.assertEqual(origin.asked, ["/~x", "/~y", "/~x"])
+
+    def test_leaves_a_host_that_is_down_alone_for_a_while(self):
+        now = [100.0]
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            port = server.getsockname()[1]
+        url = f"http://127.0.0.1:{port}/~{{user}}"
+        backend = self.make_web(None, lambda: now[0], url=url, cache=0.0)
+        self.assert_fails("/~x: Connection refused$", self.ask, backend, "x")
+        origin = self.start_origin({"/~x": text_page("hi\n"),
+                                    "/~y": text_page("ho\n")}, port=port)
+        for name in "xy":
+            self.assert_fails("Connection refused .not yet tried again.$",
+                              self.ask, backend, name)
+        self.assertEqual(origin.asked, [])
+        now[0] += 5
+        self.assertEqual(self.ask(backend, "x"), "hi\n")
+        self.assertEqual(self.ask(backend, "y"), "ho\n")
+
+    def test_one_who_had_no_time_does_not_speak_for_the_origin(self):
+        origin = self.start_origin({"/~x": drip(b"HTTP/1.0 200 OK\r\n\r\n")})
+        backend = self.make_web(origin)
+        self.assert_fails("timed out$", self.ask, backend, "x", False, 0.1,
+                          kind=TimeoutError)
+        origin.pages["/~x"] = text_page("hi\n")
+        self.assertEqual(self.ask(backend, "x"), "hi\n")
+
+    def test_a_flood_of_names_leaves_what_is_asked_for_again(self):
+        cache = fingerd_backends.Cache()
+        answer = fingerd_backends.Answer
+        for number in range(500):
+            cache.put(f"known{number}", answer("hi", 1.0, 1.0))
+            cache.get(f"known{number}")
+        for number in range(20000):
+            cache.put(f"x{number}", answer(None, 1.0, 1.0))
+            cache.get(f"x{number}")
+            cache.put(f"y{number}", answer("hi", 1.0, 1.0))
+        for number in range(500):
+            self.assertIsNotNone(cache.get(f"known{number}"))
+        self.assertEqual(len(cache.once.answers), fingerd_backends.MAX_ANSWERS)
+        self.assertEqual(len(cache.again.answers), 500)
+
+    def test_the_cache_is_bounded_in_bytes_and_number(self):
+        cache = fingerd_backends.Cache()
+        for number in range(5000):
+            text = "\U0001f600" * (number % 50 * 100)
+            cache.put(str(number), fingerd_backends.Answer(text, 1.0, 1.0))
+            cache.get(str(number // 2))
+        for shelf in (cache.once, cache.again):
+            cost = sum(shelf._cost(*item) for item in shelf.answers.items())
+            self.assertEqual(cost, shelf.size)
+            self.assertLessEqual(cost, fingerd_backends.MAX_SHELF)
+            self.assertLessEqual(len(shelf.answers),
+                                 fingerd_backends.MAX_ANSWERS)
+        before = cache.once.size
+        cache.put("big", fingerd_backends.Answer("x" * 9 * 2 ** 20, 1.0, 1.0))
+        self.assertEqual(cache.once.size, before)
+        self.assertIsNone(cache.get("big"))
+
+    def test_needs_no_module_after_the_start(self):
+        # After chroot or the drop, Python's own files may be out of reach.
+        tls = self.trust_test_cert()
+        origin = self.start_origin({
+            "/~x": html_page("<title>a</title>&eacute;"), "/~bad": raw(b"x\n"),
+            "/~gzip": (200, {"Content-Encoding": "gzip"}, gzip.compress(b"x")),
+            "/~koi": (200, {"Content-Type": "text/plain; charset=koi8-r"},
+                      b"\xf0"),
+            "/~jis": (200, {"Content-Type": "text/html"},
+                      b"<meta charset=iso-2022-jp>x"),
+            "/~away": (302, {"Location": "http://h\xe9.invalid/"}, b"")})
+        secure = self.start_origin({"/~x": text_page("safe")}, tls=tls)
+        out = run_python(self, """\
+            import sys
+            import fingerd_backends as backends
+            def defaults(kind, **options):
+                return dict({row[0]: row[2] for row in kind.settings},
+                            max_output=5000, cache=60.0, stale=1.0,
+                            redirect_hosts=(), **options)
+            web = backends.WebBackend(defaults(
+                backends.WebBackend, prefix=sys.argv[1] + "/~"), print)
+            tls = backends.WebBackend(defaults(
+                backends.WebBackend, prefix=sys.argv[2] + "/~"), print)
+            name = backends.WebBackend(defaults(
+                backends.WebBackend, prefix="http://localhost:1/"), print)
+            options = defaults(backends.FingerBackend)
+            options.update(command="echo {user}")
+            finger = backends.FingerBackend(options, print)
+            class Refuse:
+                def find_spec(self, name, *args):
+                    print("needs", name)
+            sys.meta_path.insert(0, Refuse())
+            def ask(backend, user):
+                try:
+                    return backend.lookup(user, False, "", 10)
+                except OSError as error:
+                    return type(error).__name__
+            for user in "x", "bad", "gzip", "koi", "jis", "away", "none":
+                print(ascii(ask(web, user)))
+            print(ask(tls, "x"))
+            print(ask(name, "x"))
+            print(ask(finger, "x"), end="")
+            """, origin.url, secure.url)
+        self.assertEqual(out.splitlines(), [
+            "'a\\n\\n\\xe9\\n'", "'OSError'", "'x'", "'\\u041f'", "'x\\n'",
+            "'OSError'", "None", "safe", "OSError", "x"])
+
+
+# ---- Other people's clients -----------------------------------------------
+
+def needs(program):
+    """Skip a test where a client is not installed."""
+    return unittest.skipUnless(shutil.which(program),
+                               f"{program} is not installed")
+
+
+class ClientsTest(unittest.TestCase):
+    """finger, lynx, nmap, telnet and nc, as people use them."""
+
+    def run_client(self, *command, send=""):
+        done = subprocess.run(command, input=send, text=True, timeout=3 * HANG,
+                              capture_output=True)
+        return done.stdout
+
+    @contextlib.contextmanager
+    def serving_on_port_79(self):
+        """Serve on the only port that finger and lynx ask; give the host."""
+        if os.geteuid() != 0:
+            self.skipTest("needs root to listen on port 79")
+        host = f"127.79.{os.getpid() % 250 + 1}.1"      # parallel runs
+        with serving(listen=f"{host}:79") as server:
+            yield server, host
+
+    @needs("finger")
+    def test_finger_gets_answers(self):
+        with self.serving_on_port_79() as (server, host):
+            for args, answer in [
+                    ([f"moshez@{host}"], "Happy and well"),
+                    (["-l", f"moshez@{host}"], "Happy and well"),
+                    ([f"bob@{host}"], "No such user"),
+                    ([f"@{host}"], "Finger online user list denied")]:
+                out = self.run_client("finger", *args)
+                self.assertEqual(out.split("\n")[-2].rstrip(), answer)
+            server.wait_log('q="/W moshez" outcome=answered')
+            server.wait_log('q="" outcome=list-denied')
+
+    @needs("lynx")
+    def test_lynx_shows_answers(self):
+        with self.serving_on_port_79() as (server, host):
+            for user in ("moshez", "moshez/w"):
+                out = self.run_client("lynx", "-dump",
+                                      f"finger://{host}/{user}")
+                self.assertIn("Happy and well", out)
+            server.wait_log('q="/[Ww] moshez"')
+
+    @needs("nmap")
+    def test_nmap_reads_the_answer_to_the_empty_query(self):
+        # Its epoll engine misses an end of file that comes with the text.
+        with serving("[server]\nwelcome = Login Name\n" + USERS) as server:
+            host, port = server.address
+            out = self.run_client("nmap", "--nsock-engine", "poll", "-Pn",
+                                  "-n", "-p", str(port), "--script",
+                                  "+finger", host)
+            self.assertIn("Login Name", out)
+
+    @needs("telnet")
+    def test_telnet_gets_an_answer(self):
+        with serving() as server, subprocess.Popen(
+                ["telnet", *map(str, server.address)], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                text=True) as client:
+            client.stdin.write("moshez\n")
+            client.stdin.flush()
+            self.assertIn("Happy and well", client.stdout.read())
+
+    @needs("nc")
+    def test_nc_gets_an_answer(self):
+        with serving() as server:
+            host, port = map(str, server.address)
+            for send in ("moshez\r\n", "moshez\n", "moshez"):
+                out = self.run_client("nc", "-N", "-w", "5", host, port,
+                                      send=send)
+                self.assertEqual(out, "Happy and well\n")
+
+
+# ---- Benchmark ----------------------------------------------------------
+#
+# python3 test_fingerd.py bench: fingerd and its peers, side by side.  Every
+# round starts each server afresh, on a port of its own, one after another
+# (odd rounds backwards), and measures it alone; the table has the medians.
+# CPU time tells best what a server needs: queries a second are no more than
+# the client beside it asks for.  All on loopback, bounded in number and time.
+
+BENCH_REPLY = ("Login: alice\t\t\tName: Alice Liddell\r\n"
+               "Plan:\r\nDown the rabbit hole.\r\n")
+
+BENCH_CONFIG = """\
+[limits]
+max_clients_per_host = 5000
+[log]
+%s
+[users]
+alice = Login: alice			Name: Alice Liddell
+    Plan:
+    Down the rabbit hole.
+%s
+"""
+
+PEER_HEAD = f"""\
+def reply(user, users={{b"alice": {BENCH_REPLY.encode()!r}}}):
+    return users.get(user, b"No such user\\r\\n")
+"""
+
+# Name, module and text of those in Python: each is run as a program of its
+# own, so that none carries the modules of the tests in its memory.
+PYTHON_PEERS = (
+    ("ThreadingTCPServer", "socketserver", """\
+import socketserver
+
+class Handler(socketserver.StreamRequestHandler):
+    def handle(self):
+        self.wfile.write(reply(self.rfile.readline().strip()))
+
+class Server(socketserver.ThreadingTCPServer):
+    allow_reuse_address = True
+    request_queue_size = 1024       # with its own 5, a burst waits seconds
+
+with Server(("127.0.0.1", PORT), Handler) as server:
+    server.serve_forever()
+"""),
+    ("asyncio streams", "asyncio", """\
+import asyncio
+
+async def answer(reader, writer):
+    writer.write(reply((await reader.readline()).strip()))
+    writer.close()
+
+async def serve():
+    server = await asyncio.start_server(
+        answer, "127.0.0.1", PORT, backlog=1024)
+    await server.serve_forever()
+
+asyncio.run(serve())
+"""),
+    ("uvloop protocol", "uvloop", """\
+import asyncio, uvloop
+
+class Finger(asyncio.Protocol):
+    data = b""
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def data_received(self, data):
+        self.data += data
+        if b"\\n" in self.data or len(self.data) > 512:
+            self.transport.write(reply(self.data.strip()))
+            self.transport.close()
+
+async def serve():
+    server = await asyncio.get_running_loop().create_server(
+        Finger, "127.0.0.1", PORT, backlog=1024)
+    await server.serve_forever()
+
+loop = uvloop.new_event_loop()
+asyncio.set_event_loop(loop)
+loop.run_until_complete(serve())
+"""),
+    ("Twisted step 8", "twisted", """\
+from twisted.internet import defer, protocol, reactor
+from twisted.protocols import basic
+
+class Finger(basic.LineReceiver):
+    def lineReceived(self, line):
+        found = self.factory.find(line)
+        found.addErrback(lambda failure: b"Internal error in server\\r\\n")
+        found.addCallback(self.write)
+
+    def write(self, text):
+        self.transport.write(text)
+        self.transport.loseConnection()
+
+class FingerFactory(protocol.ServerFactory):
+    protocol = Finger
+    noisy = False
+
+    def find(self, user):
+        return defer.succeed(reply(user))
+
+reactor.listenTCP(PORT, FingerFactory(), backlog=1024, interface="127.0.0.1")
+reactor.run()
+"""),
+    ("pyfingerd", "pyfingerd", """\
+from pyfingerd.core import FingerInterface, FingerUser
+from pyfingerd.server import FingerServer
+
+ALICE = FingerUser(login="alice", name="Alice Liddell",
+                   plan="Down the rabbit hole.\\n")
+
+class Users(FingerInterface):
+    def search_users(self, query, active):
+        return [ALICE] if query == "alice" else []
+
+FingerServer("127.0.0.1:PORT", interface=Users()).serve_forever()
+"""),
+)
+
+XINETD_CONFIG = """\
+service finger-bench
+{
+    type = UNLISTED
+    port = PORT
+    bind = 127.0.0.1
+    socket_type = stream
+    protocol = tcp
+    wait = no
+    user = nobody
+    server = %s
+    instances = UNLIMITED
+    per_source = UNLIMITED
+    cps = 1000000 1
+}
+"""
+
+# A client, so light that it is not the limit itself, and the limit: a server
+# with epoll and a hash.
+#   bench serve PORT
+#   bench load PORT CLIENTS SECONDS COUNT QUERY WORD
+# Each client asks, reads to the end and asks again, until SECONDS or COUNT
+# are over; a reply without WORD in it is wrong.
+BENCH_C = r"""
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { FDS = 8192, LINE = 512, MOST = 2000000 };
+
+static char line[FDS][LINE];
+static int have[FDS];
+static const char *users[64], *replies[64];
+
+static struct sockaddr_in loopback(int nth, int port) {
+    struct sockaddr_in a = {.sin_family = AF_INET, .sin_port = htons(port)};
+    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK + nth);
+    return a;
+}
+
+static void watch(int poll, int fd) {
+    struct epoll_event event = {.events = EPOLLIN, .data.fd = fd};
+    epoll_ctl(poll, EPOLL_CTL_ADD, fd, &event);
+}
+
+static unsigned hash(const char *text) {
+    unsigned h = 5381;
+    while (*text)
+        h = h * 33 ^ (unsigned char)*text++;
+    return h % 64;
+}
+
+static int answer(int fd) {     /* 1 when nothing more is to come */
+    char *text = line[fd];
+    ssize_t n = recv(fd, text + have[fd], LINE - have[fd], 0);
+    if (n < 0 && errno == EAGAIN)
+        return 0;
+    if (n > 0)
+        have[fd] += n;
+    char *end = memchr(text, '\n', have[fd]);
+    if (n > 0 && !end && have[fd] < LINE)
+        return 0;
+    if (end) {
+        *(end > text && end[-1] == '\r' ? end - 1 : end) = 0;
+        unsigned h = hash(text);
+        int known = users[h] && !strcmp(users[h], text);
+        const char *reply = known ? replies[h] : "No such user\r\n";
+        send(fd, reply, strlen(reply), MSG_NOSIGNAL);
+    }
+    have[fd] = 0;
+    close(fd);
+    return 1;
+}
+
+static int serve(int port) {
+    int one = 1, fd, poll = epoll_create1(0);
+    int door = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+    struct sockaddr_in a = loopback(0, port);
+    struct epoll_event events[256];
+    users[hash("alice")] = "alice";
+    replies[hash("alice")] = REPLY;
+    setsockopt(door, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+    if (bind(door, (void *)&a, sizeof a) || listen(door, 1024))
+        return 1;
+    watch(poll, door);
+    for (;;) {
+        int n = epoll_wait(poll, events, 256, -1);
+        for (int i = 0; i < n; i++) {
+            if (events[i].data.fd != door) {
+                answer(events[i].data.fd);
+                continue;
+            }
+            while ((fd = accept4(door, 0, 0, SOCK_NONBLOCK)) >= 0)
+                if (!answer(fd))
+                    watch(poll, fd);
+        }
+    }
+}
+
+static double began[FDS], took[MOST];
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + t.tv_nsec / 1e9;
+}
+
+static void ask(int poll, int port, const char *query) {
+    static int turn;    /* many addresses: a port is not soon used again */
+    int one = 1, fd = socket(AF_INET, SOCK_STREAM, 0);
+    struct sockaddr_in to = loopback(0, port), from = loopback(turn, 0);
+    turn = (turn + 1) % 16;
+    began[fd] = now();
+    have[fd] = 0;
+    setsockopt(fd, IPPROTO_IP, 24 /* choose the port at connect */, &one,
+               sizeof one);
+    if (bind(fd, (void *)&from, sizeof from)
+            || connect(fd, (void *)&to, sizeof to)
+            || send(fd, query, strlen(query), MSG_NOSIGNAL) < 0) {
+        perror("load");
+        exit(1);
+    }
+    watch(poll, fd);
+}
+
+static int by_value(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static int load(char **argv) {
+    static char text[65536];
+    int port = atoi(argv[0]), poll = epoll_create1(0), size;
+    long done = 0, bad = 0, count = atol(argv[3]);
+    double start = now(), seconds = atof(argv[2]), end = start;
+    struct epoll_event events[256];
+    strcat(argv[4] = strcpy(line[0], argv[4]), "\r\n");
+    for (int i = 0; i < atoi(argv[1]); i++)
+        ask(poll, port, argv[4]);
+    while (done < count && done < MOST && end < start + seconds) {
+        int n = epoll_wait(poll, events, 256, 100);
+        for (int i = 0; i < n && done < MOST; i++) {
+            int fd = events[i].data.fd;
+            while ((size = recv(fd, text, sizeof text, MSG_DONTWAIT)) > 0)
+                have[fd] |= memmem(text, size, argv[5], strlen(argv[5])) != 0;
+            if (size < 0 && errno == EAGAIN)
+                continue;
+            bad += size < 0 || !have[fd];
+            close(fd);
+            took[done++] = now() - began[fd];
+            ask(poll, port, argv[4]);
+        }
+        end = now();
+    }
+    qsort(took, done, sizeof *took, by_value);
+    printf("[%ld, %ld, %f, %f, %f]\n", done, bad, end - start,
+           took[done / 2] * 1e3, took[done * 99 / 100] * 1e3);
+    return 0;
+}
+
+int main(int argc, char **argv) {
+    return argc == 3 ? serve(atoi(argv[2])) : argc == 8 ? load(argv + 2) : 2;
+}
+"""
+
+# The same client for a machine without cc or epoll: there it is the limit,
+# and the CPU times are higher, since the server sleeps between queries.
+LOAD_PEER = """\
+import json, socket, sys, threading, time
+
+def ask():
+    while time.monotonic() < end and len(took) < int(count):
+        began = time.monotonic()
+        with socket.create_connection(("127.0.0.1", int(port))) as client:
+            client.sendall(query.encode() + b"\\r\\n")
+            with client.makefile("rb") as reply:
+                right.append(word.encode() in reply.read())
+        took.append((time.monotonic() - began) * 1e3)
+
+port, clients, seconds, count, query, word = sys.argv[1:]
+took, right, start = [], [], time.monotonic()
+end = start + float(seconds)
+threads = [threading.Thread(target=ask) for _ in range(int(clients))]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+seconds, p50, p99 = time.monotonic() - start, len(took) // 2, -len(took) // 100
+took.sort()
+print(json.dumps([len(took), right.count(False), seconds, took[p50],
+                  took[p99]]))
+"""
+
+
+class Peer(NamedTuple):
+    """A server to measure: how it is started, asked and checked."""
+
+    name: str
+    command: list[str]          # PORT in a word becomes the port
+    query: str = "alice"
+    word: str = "Alice Liddell"     # is in the reply
+    crowd: bool = True          # can 1,000 clients come at once?
+
+
+def write_file(folder: str, name: str, text: str) -> str:
+    path = os.path.join(folder, name)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+    return path
+
+
+def fingerd_peer(temp: str, name: str, log: str = "level = warning",
+                 users: str = "") -> Peer:
+    config = write_file(temp, name + ".conf", BENCH_CONFIG % (log, users))
+    return Peer(name, [sys.executable, str(PROGRAM), "--config", config,
+                       "--listen", "127.0.0.1:PORT"])
+
+
+def xinetd_peer(temp: str) -> list[Peer]:
+    path = os.environ.get("PATH", "") + ":/usr/sbin"
+    xinetd = shutil.which("xinetd", path=path)
+    server = shutil.which("in.fingerd", path=path)
+    if not xinetd or not server or os.geteuid() != 0:
+        return []
+    script = ('echo "$1" >"$0" && exec "$2" -dontfork -f "$0"'
+              ' -filelog "$0.log" -pidfile "$0.pid"')
+    command = ["sh", "-c", script, os.path.join(temp, "xinetd.conf"),
+               XINETD_CONFIG % server, xinetd]
+    return [Peer("xinetd in.fingerd", command, "root", "Login: root", False)]
+
+
+def all_peers(temp: str, compiled: bool) -> list[Peer]:
+    log = "to = " + os.path.join(temp, "query.log")
+    peers = [fingerd_peer(temp, "fingerd"),
+             fingerd_peer(temp, "fingerd, query log", log)]
+    if compiled:
+        peers.append(Peer("C, epoll", [os.path.join(temp, "bench"),
+                                       "serve", "PORT"]))
+    peers += [Peer(name, [sys.executable, "-c", PEER_HEAD + text])
+              for name, module, text in PYTHON_PEERS
+              if importlib.util.find_spec(module)]
+    return peers + xinetd_peer(temp)
+
+
+class Running:
+    """A peer while it runs, with a port of its own."""
+
+    def __init__(self, peer: Peer, cores: Iterable[int] = ()) -> None:
+        self.peer = peer
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self.process = subprocess.Popen(
+            [word.replace("PORT", str(self.port)) for word in peer.command],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, start_new_session=True)
+        if cores:
+            os.sched_setaffinity(self.process.pid, cores)
+
+    def __enter__(self) -> Running:
+        until = time.monotonic() + 120      # a million users take a while
+        while time.monotonic() < until and self.process.poll() is None:
+            with contextlib.suppress(OSError), self.ask() as client:
+                if client.recv(1):
+                    return self
+            time.sleep(0.01)
+        self.__exit__()
+        raise RuntimeError(self.peer.name + " does not answer")
+
+    def __exit__(self, *exception: object) -> None:
+        self.signal(signal.SIGCONT)
+        self.signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(2)
+        self.signal(signal.SIGKILL)
+        self.process.wait()
+
+    def signal(self, number: int) -> None:
+        with contextlib.suppress(OSError):
+            os.killpg(self.process.pid, number)
+
+    def connect(self, timeout: float = 5) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout)
+
+    def ask(self, timeout: float = 5) -> socket.socket:
+        client = self.connect(timeout)
+        client.sendall(self.peer.query.encode() + b"\r\n")
+        return client
+
+    def usage(self) -> tuple[float, float, float]:
+        """CPU microseconds, resident MiB and threads of its processes."""
+        cpu = pages = threads = 0
+        for path in glob.glob("/proc/[0-9]*/stat"):
+            with contextlib.suppress(OSError), \
+                    open(path, encoding="utf-8") as file:
+                stat = file.read().rpartition(")")[2].split()
+                if int(stat[3]) == self.process.pid:    # the session
+                    cpu += sum(map(int, stat[11:15]))
+                    threads += int(stat[17])
+                    pages += int(stat[21])
+        if not threads:         # a system without this /proc
+            return math.nan, math.nan, math.nan
+        return (cpu * 1e6 / os.sysconf("SC_CLK_TCK"),
+                pages * os.sysconf("SC_PAGE_SIZE") / 2**20, threads)
+
+
+@contextlib.contextmanager
+def silent_clients(server: Running,
+                   count: int) -> Iterator[list[socket.socket]]:
+    """Connect COUNT clients that never finish their line."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(server.connect())
+                   for _ in range(count)]
+        with server.ask() as last:      # answered when they all are in
+            last.recv(1)
+        yield clients
+
+
+@contextlib.contextmanager
+def dripping_clients(server: Running, count: int) -> Iterator[None]:
+    """Connect COUNT clients, each of which sends a letter every 2 s."""
+    done = threading.Event()
+
+    def drip() -> None:
+        for client in itertools.cycle(clients):
+            if done.wait(2 / count):
+                return
+            with contextlib.suppress(OSError):
+                client.send(b"a")
+
+    with silent_clients(server, count) as clients:
+        thread = threading.Thread(target=drip)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+
+def drain(server: Running, count: int) -> float:
+    """Queries a second, when COUNT clients have asked before it wakes up.
+
+    The last one is read first: in a server that keeps the order all are
+    answered by then, and the work of reading them does not count.
+    """
+    with contextlib.ExitStack() as stack:
+        server.signal(signal.SIGSTOP)
+        try:
+            clients = [stack.enter_context(server.ask(0.9))
+                       for _ in range(count)]
+        finally:
+            start = end = time.monotonic()
+            server.signal(signal.SIGCONT)
+        for client in reversed(clients):
+            client.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                client.recv(4096)
+                continue
+            client.settimeout(5)
+            client.recv(4096)
+            end = time.monotonic()
+    return count / (end - start)
+
+
+def ready_ms(command: list[str]) -> float:
+    """Milliseconds until the program says that it is ready, or ends."""
+    start = time.monotonic()
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL,
+                          stderr=subprocess.PIPE) as process:
+        assert process.stderr
+        while b"ready" not in (process.stderr.readline() or b"ready"):
+            pass
+        took = time.monotonic() - start
+        process.terminate()
+    return took * 1e3
+
+
+def others_cpu() -> float:
+    """CPU microseconds of the machine, but for this process and its loads."""
+    with contextlib.suppress(OSError), \
+            open("/proc/stat", encoding="ascii") as file:
+        user, nice, system, _, _, irq, softirq, steal = map(
+            int, file.readline().split()[1:9])
+        busy = user + nice + system + irq + softirq + steal
+        return (busy / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])) * 1e6
+    return math.nan
+
+
+class Bench:
+    """The load generator, the cores, and the figures of all rounds."""
+
+    def __init__(self, temp: str, seconds: float) -> None:
+        self.temp = temp
+        self.seconds = seconds
+        self.wrong = 0          # replies that were not what was expected
+        self.noisy = 0          # measurements while the machine was busy
+        self.figures: dict[tuple[str, str], list[float]] = {}
+        self.generator = [sys.executable, "-c", LOAD_PEER]
+        compiled = bool(shutil.which("cc")) and hasattr(select, "epoll")
+        if compiled:
+            self.compile_generator()
+        self.peers = all_peers(temp, compiled)
+        self.server_core: list[int] = []
+        if hasattr(os, "sched_setaffinity"):
+            first, *others = sorted(os.sched_getaffinity(0))
+            if others:
+                self.server_core = [first]
+                os.sched_setaffinity(0, others)
+
+    def compile_generator(self) -> None:
+        source = write_file(self.temp, "bench.c", BENCH_C)
+        program = os.path.join(self.temp, "bench")
+        subprocess.run(["cc", "-O2", "-DREPLY=" + json.dumps(BENCH_REPLY),
+                        "-o", program, source], check=True)
+        self.generator = [program, "load"]
+
+    def note(self, name: str, key: str, value: float) -> None:
+        self.figures.setdefault((name, key), []).append(value)
+
+    def show(self, name: str, key: str, digits: int = 1) -> str:
+        values = self.figures.get((name, key), [math.nan])
+        text = "{:,.{}f}".format(statistics.median(values), digits)
+        return text if text != "nan" else "-"
+
+    def load(self, server: Running, seconds: float = 0,
+             count: int = 2000000) -> dict[str, float]:
+        """Ask with 16 clients; what they saw, and what the server used."""
+        seconds = seconds or self.seconds
+        before, others = server.usage()[0], others_cpu()
+        output = subprocess.run(
+            [*self.generator, str(server.port), "16", str(seconds),
+             str(count), server.peer.query, server.peer.word],
+            stdout=subprocess.PIPE, timeout=seconds + 60, check=True).stdout
+        done, wrong, took, p50, p99 = json.loads(output)
+        self.wrong += wrong
+        cpu = server.usage()[0] - before
+        return {"rate": done / took, "p50": p50, "p99": p99, "cpu": cpu / done,
+                "others": (others_cpu() - others - cpu) / (took * 1e6)}
+
+    def quiet_load(self, server: Running) -> dict[str, float]:
+        """Again, up to twice, while others took much of the machine."""
+        for _ in range(3):
+            seen = self.load(server)
+            if not seen["others"] > 0.15:
+                return seen
+        self.noisy += 1
+        return seen
+
+    def measure(self, peer: Peer) -> None:
+        """One peer in one round."""
+        with Running(peer, self.server_core) as server:
+            self.note(peer.name, "idle", server.usage()[1])
+            self.load(server, self.seconds / 5)
+            for key, value in self.quiet_load(server).items():
+                self.note(peer.name, key, value)
+            if peer.crowd:
+                self.measure_crowd(peer.name, server)
+
+    def measure_crowd(self, name: str, server: Running) -> None:
+        """The same with 1,000 others beside, and with 1,000 at once."""
+        with silent_clients(server, 1000):
+            self.note(name, "silent", self.quiet_load(server)["p99"])
+            _, memory, threads = server.usage()
+            self.note(name, "crowd", memory)
+            self.note(name, "threads", threads)
+        with dripping_clients(server, 1000):
+            self.note(name, "drip", self.quiet_load(server)["p99"])
+        with contextlib.suppress(OSError):      # its queue is too short
+            for _ in range(3):
+                self.note(name, "drain", drain(server, 1000))
+
+    def measure_all(self, rounds: int) -> None:
+        """Odd rounds go backwards, so that none is always the first."""
+        for number in range(rounds):
+            for peer in self.peers[::-1] if number % 2 else self.peers:
+                print(f"round {number + 1} of {rounds}: {peer.name}",
+                      file=sys.stderr)
+                self.measure(peer)
+            own = self.figures["fingerd", "cpu"][-1]
+            for peer in self.peers:
+                cpu = self.figures[peer.name, "cpu"][-1]
+                self.note(peer.name, "times", cpu / own)
+
+    def start_times(self) -> None:
+        """From exec to ready, and a Python that has nothing to do."""
+        peer = fingerd_peer(self.temp, "start", "level = notice")
+        command = [word.replace("PORT", "0") for word in peer.command]
+        for _ in range(15):
+            ready = ready_ms(command)
+            empty = ready_ms([sys.executable, "-c", "pass"])
+            for key, value in (("ready", ready), ("empty", empty),
+                               ("ratio", ready / empty)):
+                self.note("start", key, value)
+
+    def idle_clients(self, count: int) -> None:
+        with Running(fingerd_peer(self.temp, "idle")) as server:
+            before = server.usage()[1]
+            with silent_clients(server, count):
+                grown = server.usage()[1] - before
+        self.note("silent", "KiB", grown * 1024 / count)
+
+    def many_queries(self, count: int) -> None:
+        with Running(fingerd_peer(self.temp, "many")) as server:
+            self.load(server, 60, count // 10)
+            self.note("many", "before", server.usage()[1])
+            self.load(server, 600, count)
+            self.note("many", "after", server.usage()[1])
+
+    def many_users(self, count: int) -> None:
+        users = "\n".join(f"u{n} = Login: u{n}" for n in range(count))
+        start = time.monotonic()
+        with Running(fingerd_peer(self.temp, "users", users=users),
+                     self.server_core) as server:
+            self.note("users", "start", time.monotonic() - start)
+            self.note("users", "memory", server.usage()[1])
+            self.load(server, self.seconds / 5)
+            self.note("users", "cpu", self.load(server)["cpu"])
+
+
+COLUMNS = (             # title, digits after the point
+    ("rate", 0), ("cpu", 1), ("times", 2), ("p50", 2), ("p99", 2),
+    ("silent", 2), ("drip", 2), ("drain", 0), ("idle", 1), ("crowd", 1),
+    ("threads", 0))
+
+BENCH_LEGEND = """
+rate: queries a second by 16 clients.  cpu: microseconds of the server's CPU
+time for a query; times: by fingerd's.  p50, p99: milliseconds for a client;
+silent, drip: p99 beside 1,000 clients that say nothing, or a letter every
+2 s.  drain: queries a second when 1,000 have asked before.  idle: resident
+MiB after start; crowd, threads: MiB and threads with 1,000 silent clients.
+"""
+
+
+def print_peers(bench: Bench, rounds: int) -> None:
+    core = ", server on its own core" if bench.server_core else ""
+    if bench.generator[0] == sys.executable:
+        core += ", no cc: slow client"
+    print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores,"
+          f" {platform.machine()}, Python {platform.python_version()},"
+          f" medians of {rounds} rounds{core}\n")
+    row = ("{:18}{:>8}{:>9}" + "{:>7}" * 5 + "{:>8}{:>6}{:>7}{:>8}").format
+    print(row("", *(title for title, _ in COLUMNS)))
+    for peer in bench.peers:
+        print(row(peer.name, *(bench.show(peer.name, title, digits)
+                               for title, digits in COLUMNS)))
+    print(BENCH_LEGEND)
+
+
+def print_singles(bench: Bench, long: bool) -> None:
+    """The figures of fingerd that need no peer beside."""
+    show = bench.show
+    bench.start_times()
+    print(f"From start to ready: {show('start', 'ready')} ms; python3 -c pass:"
+          f" {show('start', 'empty')} ms; ratio {show('start', 'ratio', 2)}")
+    bench.idle_clients(3000)
+    print(f"Each of 3,000 silent clients: {show('silent', 'KiB', 2)} KiB")
+    if long:
+        bench.many_queries(1000000)
+        print(f"Memory before 1,000,000 queries: {show('many', 'before')} MiB;"
+              f" after: {show('many', 'after')} MiB")
+        bench.many_users(1000000)
+        print(f"With 1,000,000 users: start {show('users', 'start')} s,"
+              f" {show('users', 'memory')} MiB, cpu {show('users', 'cpu')}")
+    print(f"Wrong replies: {bench.wrong}; measurements while other work took"
+          f" more than 0.15 cores: {bench.noisy}")
+
+
+def hold_many_clients() -> None:
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def bench_main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="test_fingerd.py bench")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1,
+                        help="of each measurement (default 1)")
+    parser.add_argument("--quick", action="store_true",
+                        help="one short round: a try, not a measurement")
+    parser.add_argument("--long", action="store_true",
+                        help="also a million queries and a million users")
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.rounds, options.seconds = 1, 0.2
+    hold_many_clients()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt), \
+            tempfile.TemporaryDirectory() as temp:
+        bench = Bench(temp, options.seconds)
+        bench.measure_all(options.rounds)
+        print_peers(bench, options.rounds)
+        print_singles(bench, options.long)
+        return 0
+    return 1
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["bench"]:
+        sys.exit(bench_main(sys.argv[2:]))
+    unittest.main()
