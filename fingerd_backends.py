@@ -44,6 +44,14 @@ READ_SIZE = 65536       # bytes asked for at once: what a Linux pipe holds
 TRUNCATED = "[truncated]\n"
 
 
+class Kept:
+    """What a chroot would hide: kept from outside, also for a reload."""
+
+    null: Any = None                        # a descriptor of /dev/null
+    tls: Any = None                         # with the certificates loaded
+    addresses: Dict[Any, List[Any]] = {}    # of hosts, by host and port
+
+
 # ---- Text -------------------------------------------------------------------
 
 def clip_text(text: str, limit: int, more: bool = False) -> str:
@@ -114,7 +122,9 @@ class Run:
         # Not Popen's own pipes: before Python 3.11 it leaves some open when
         # it runs out of descriptors.
         with contextlib.ExitStack() as pipes, contextlib.ExitStack() as ends:
-            stdin = ends.enter_context(open(os.devnull, "rb", 0))
+            stdin = Kept.null
+            if stdin is None:
+                stdin = ends.enter_context(open(os.devnull, "rb", 0))
             self.stdout, stdout = open_pipe(pipes, ends)
             self.stderr, stderr = open_pipe(pipes, ends)
             # As bytes, so that the daemon's locale cannot spoil a name.
@@ -287,6 +297,16 @@ class FingerBackend:
         self.report = report
         self.undead: List[Run] = []     # killed, but not gone yet
         self.lock = threading.Lock()
+
+    def enter_chroot(self, path: str) -> None:
+        """Check that the programs are inside, under the same names."""
+        for setting in ("command", "verbose_command", "list_command"):
+            words = getattr(self, setting)
+            if words and not os.access(path + words[0], os.X_OK):
+                raise ValueError(f'{setting}: "{words[0]}" is not inside the'
+                                 f" chroot {path}; put it there, with all"
+                                 " that it needs, or use no chroot")
+        Kept.null = os.open(os.devnull, os.O_RDONLY)
 
     def lookup(self, user: str, verbose: bool, client: str,
                timeout: float) -> Optional[str]:
@@ -595,6 +615,8 @@ class Dialler:
     def _resolve(self, address, deadline):
         """Find addresses in time: getaddrinfo itself knows no timeout."""
         host, port = address
+        if address in Kept.addresses:
+            return Kept.addresses[address]
         try:
             return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
                                       flags=socket.AI_NUMERICHOST)
@@ -626,6 +648,12 @@ class Dialler:
             result = error if isinstance(error, OSError) else OSError(error)
         finally:
             self.flights.land(address, flight, result)
+
+
+def keep_address(host, port):
+    """Look a host up for the time when it cannot be."""
+    Kept.addresses[host, port] = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM)
 
 
 class TimedFile(io.RawIOBase):
@@ -693,7 +721,7 @@ class HTTPSHandler(urllib.request.HTTPSHandler):
     """The same for https, the peer's name and certificate checked."""
 
     def __init__(self, dial):
-        self.tls = ssl.create_default_context()
+        self.tls = Kept.tls or ssl.create_default_context()
         super().__init__(context=self.tls)
         self.connect = functools.partial(
             open_timed, http.client.HTTPSConnection, dial)
@@ -939,6 +967,39 @@ class WebBackend:
         for name in CODECS | {"idna"}:
             codecs.lookup(name)
 
+    def enter_chroot(self, path: str) -> None:
+        """Look the hosts up and load all certificates, while we can."""
+        for setting, url in (("prefix", self.template), ("index", self.index)):
+            parts = urllib.parse.urlsplit(url)
+            if not url:
+                continue
+            try:
+                keep_address(parts.hostname, parts.port or PORTS[parts.scheme])
+            except OSError as error:
+                raise ValueError(f"{setting}: {parts.hostname} has no address"
+                                 f" now ({plain_reason(error)}), and inside"
+                                 " the chroot it cannot be looked up"
+                                 ) from None
+        proxies = map(urllib.parse.urlsplit,
+                      urllib.request.getproxies().values())
+        for host, port in [(host, port) for host in self.redirect_hosts
+                           for port in PORTS.values()] + [
+                           (proxy.hostname, proxy.port) for proxy in proxies]:
+            with contextlib.suppress(OSError):
+                keep_address(host, port)
+        Kept.tls = self._load_certificates()
+        self.opener = self._make_opener(Dialler(self.clock).dial)
+
+    @staticmethod
+    def _load_certificates():
+        """Make a TLS context that will not look for certificates later."""
+        tls = ssl.create_default_context()
+        folder = ssl.get_default_verify_paths().capath
+        for name in os.listdir(folder) if folder else ():
+            with contextlib.suppress(OSError):      # SSLError is one
+                tls.load_verify_locations(os.path.join(folder, name))
+        return tls
+
     @staticmethod
     def _make_opener(dial):
         """Make an opener that knows http and https, and follows nothing."""
@@ -969,16 +1030,24 @@ class WebBackend:
     def _answer(self, url, timeout):
         answer = self.cache.get(url)
         if answer is None or self.clock() >= answer.until:
-            deadline = time.monotonic() + timeout
-            flight, mine = self.flights.join(url, deadline)
-            if mine:
-                self._fly(url, flight, timeout)
-            elif not flight.done.wait(timeout):
-                raise TimeoutError(f"GET {url}: timed out")
-            answer = flight.result
+            answer = self._renewed(url, time.monotonic() + timeout)
         if answer.failure:
             raise (TimeoutError if answer.late else OSError)(answer.failure)
         return answer.text
+
+    def _renewed(self, url, deadline):
+        """Renew an answer, or wait for one who does so already."""
+        while True:
+            left = deadline - time.monotonic()
+            flight, mine = self.flights.join(url, deadline)
+            if mine:
+                self._fly(url, flight, max(left, 0))
+            elif not flight.done.wait(max(left, 0)):
+                raise TimeoutError(f"GET {url}: timed out")
+            # Another may have had less time than there is.
+            if mine or not flight.result.late or (
+                    time.monotonic() >= deadline):
+                return flight.result
 
     def _fly(self, url, flight, timeout):
         """Renew an answer for all who wait for it."""

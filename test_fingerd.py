@@ -3262,6 +3262,22 @@ class WebBackendTest(BackendCase):
         self.assertLess(spent[0.2], 0.55)
         self.assertLess(spent[0.6], 0.6 + PROMPT)
 
+    def test_who_waits_for_one_with_less_time_asks_again(self):
+        def slow(handler):
+            handler.server.leaving.wait(0.3)
+            handler.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Type:"
+                                b" text/plain\r\n\r\nlate\n")
+        origin = self.start_origin({"/x": slow})
+        backend = self.make(WebBackend, url=origin.url + "/{user}")
+
+        def hurried():
+            self.assert_fails("timed out", self.ask, backend, "x", False, 0.1)
+
+        def patient():
+            self.assertTrue(origin.busy.wait(HANG))
+            return self.ask(backend, "x")
+        self.assertEqual(in_threads([hurried, patient]), [None, "late\n"])
+
     def test_a_thread_that_hangs_does_not_hold_up_its_page(self):
         now, stuck, release = [0.0], threading.Event(), threading.Event()
 
