@@ -28,34 +28,41 @@ import argparse
 import collections
 import contextlib
 import errno
+import fcntl
 import functools
+import grp
 import io
 import ipaddress
+import math
 import os
+import pwd
 import re
 import resource
+import select
 import selectors
 import signal
 import socket
 import socketserver
+import stat
 import sys
 import threading
 import time
 import traceback
 import types
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Container, Iterable, Iterator, NamedTuple
 
 __version__ = "1.0"
 
 MAX_USERS = 8           # names in one line; each may cost a whole lookup
+MAX_HOSTS = 4           # in a chain that is forwarded: it may be a circle
 FINGER_PORT = 79        # RFC 1288 2.1; also where a forwarded query goes
+DONT_WAIT = int(socket.MSG_DONTWAIT)    # int(): an enum's | costs 2 us
 CONFIG_FILES = ("fingerd.conf", "/etc/fingerd.conf")
 
 
 def reason(error: OSError) -> str:
-    """Say in lower case, and without its number, what the system said."""
-    text = error.strerror or str(error) or type(error).__name__
-    text = text[:1].lower() + text[1:]
+    """Say what went wrong; the system's words in lower case, no number."""
+    text = (error.strerror or "").lower() or str(error) or "no reason given"
     return f"{text}: {error.filename}" if error.filename else text
 
 
@@ -240,6 +247,9 @@ class UsersBackend:
     at most timeout seconds, and raises OSError when its source fails.
     user_list(verbose, client, timeout) gives the text of {C}, None if it
     has none.  client is a numeric address.
+
+    enter_chroot(path), if there is one, gets ready to work where path is /,
+    or says with a ValueError, as above, why that cannot be.
     """
 
     waits = False
@@ -297,7 +307,12 @@ def load_backends() -> dict[str, Any]:
 def find_backend(name: str) -> Any:
     """Give the class for a name as `web` or `web:staff`, or ValueError."""
     kind = name.partition(":")[0]
-    classes = BACKENDS if kind in BACKENDS else load_backends()
+    if not re.fullmatch(r"[a-z]+(:[A-Za-z0-9_.-]+)?", name):
+        raise ValueError("is no name of a backend; write e.g. web or web:2")
+    classes = BACKENDS
+    if kind not in classes and "did you mean" not in did_you_mean(
+            kind, classes):
+        classes = load_backends()
     if kind not in classes:
         raise ValueError("is no backend" + did_you_mean(kind, classes))
     return classes[kind]
@@ -327,6 +342,11 @@ class ConfigError(Exception):
     """What is wrong with the config or the command line, line by line."""
 
 
+NO_ID = 0xffffffff              # -1, which setuid(2) takes for "leave it"
+FACILITIES = (                  # by their numbers: RFC 3164 4.1.1
+    "kern", "user", "mail", "daemon", "auth", "syslog", "lpr", "news", "uucp",
+    "cron", "authpriv", "ftp", "ntp", "audit", "alert", "clock", "local0",
+    "local1", "local2", "local3", "local4", "local5", "local6", "local7")
 LEVELS = ("debug", "info", "notice", "warning", "error")
 LONGEST = 366 * 86400           # seconds; more is a slip of the pen
 MOST = 1_000_000_000            # of anything counted
@@ -389,8 +409,8 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def hosts(text: str) -> tuple[str, ...]:
-    """Convert host names; their case does not count."""
-    return words(text.lower())
+    """Convert host names; their case and a last dot do not count."""
+    return tuple(word.rstrip(".") for word in words(text.lower()))
 
 
 def networks(text: str) -> tuple[Any, ...]:
@@ -446,11 +466,78 @@ def one_of(*choices: str) -> Callable[[str], str]:
     return convert
 
 
-def some_text(text: str) -> str:
-    """Convert a text that must not be empty."""
+class User(NamedTuple):
+    """A user to become; gid is None where passwd(5) does not know it."""
+
+    name: str
+    uid: int
+    gid: int | None
+
+
+def user(text: str) -> User | None:
+    """Convert a user's name or number; None for an empty text."""
+    if not text:
+        return None
+    number = re.fullmatch("[0-9]{1,10}", text)
+    try:
+        entry = pwd.getpwuid(int(text)) if number else pwd.getpwnam(text)
+    except (KeyError, OverflowError):
+        if not number or int(text) >= NO_ID:
+            raise ValueError("is no user of this system") from None
+        return User(text, int(text), None)
+    return User(entry.pw_name, entry.pw_uid, entry.pw_gid)
+
+
+def group(text: str) -> int | None:
+    """Convert a group's name or number to the number; None if empty."""
+    if not text:
+        return None
+    if re.fullmatch("[0-9]{1,10}", text) and int(text) < NO_ID:
+        return int(text)
+    try:
+        return grp.getgrnam(text).gr_gid
+    except KeyError:
+        raise ValueError("is no group of this system") from None
+
+
+def octal(text: str) -> int:
+    """Convert a mask for file modes."""
+    if not re.fullmatch("0*[0-7]{1,3}", text):
+        raise ValueError("is not an octal mask")
+    return int(text, 8)
+
+
+def directory(text: str) -> str:
+    """Convert the absolute path of a directory; it may be empty."""
+    if text and not os.path.isabs(text):
+        raise ValueError("is not an absolute path")
+    return path(text)
+
+
+def syslog_address(text: str) -> str | tuple[str, int]:
+    """Convert the path of a socket, or host:port of a syslog server."""
+    return text if text.startswith("/") else split_address(text)
+
+
+def one_word(text: str) -> str:
+    """Convert a word that may stand in front of the lines of a log."""
+    if not re.fullmatch("[!-~]{1,32}", text):
+        raise ValueError("is not a word of up to 32 ASCII characters")
+    return text
+
+
+def path(text: str) -> str:
+    """Convert the path of a file; it may be empty."""
+    if CONTROL.search(os.fsencode(text)):
+        raise ValueError("has a control character in it")
+    return text
+
+
+def log_target(text: str) -> str:
+    """Convert where the log goes."""
     if not text:
         raise ValueError("is empty")
-    return text
+    return path(text)
 
 
 KINDS = {
@@ -467,7 +554,15 @@ KINDS = {
     "addresses": Kind(addresses, "localhost:1079"),
     "next hops": Kind(next_hops, "finger.example.org other.example.org:1079"),
     "backends": Kind(backend_names, "users"),
-    "log": Kind(some_text, "/var/log/fingerd.log"),
+    "log": Kind(log_target, "/var/log/fingerd.log"),
+    "facility": Kind(one_of(*FACILITIES), "daemon"),
+    "word": Kind(one_word, "fingerd"),
+    "syslog": Kind(syslog_address, "/dev/log"),
+    "path": Kind(path, "/run/fingerd.pid"),
+    "directory": Kind(directory, "/var/empty"),
+    "user": Kind(user, "root"),
+    "group": Kind(group, "0"),
+    "octal": Kind(octal, "027"),
     "format": Kind(one_of("text", "json"), "text"),
     "level": Kind(one_of(*LEVELS), "info"),
 }
@@ -503,11 +598,34 @@ SETTINGS = (
             "queries of one address; 0 for no limit"),
     Setting("limits", "max_threads", "count", "64",
             "backends' lookups at a time; the rest queue"),
-    Setting("log", "to", "log", "stderr", "stderr, or the path of a file",
-            ("-l", "--logfile")),
+    Setting("daemon", "daemonize", "yes/no", "no",
+            "run in the background?"),
+    Setting("daemon", "pidfile", "path", "",
+            "file for the process number, locked while it runs",
+            ("--pidfile",)),
+    Setting("daemon", "user", "user", "",
+            "user to become when started as root; nobody when empty",
+            ("--user", "--uid")),
+    Setting("daemon", "group", "group", "",
+            "group to become; that of the user when empty",
+            ("--group", "--gid")),
+    Setting("daemon", "chroot", "directory", "",
+            "directory that becomes /; none when empty", ("--chroot",)),
+    Setting("daemon", "rundir", "path", "",
+            "directory to run in; / in the background or a chroot",
+            ("--rundir",)),
+    Setting("daemon", "umask", "octal", "027",
+            "mask for the modes of files", ("--umask",)),
+    Setting("log", "to", "log", "stderr",
+            "stderr, syslog, or the path of a file", ("-l", "--logfile")),
     Setting("log", "format", "format", "text", "text or json"),
     Setting("log", "level", "level", "info",
             "least level written: " + ", ".join(LEVELS)),
+    Setting("log", "facility", "facility", "daemon", "facility for syslog"),
+    Setting("log", "prefix", "word", "fingerd",
+            "word before each line on stderr and in syslog", ("--prefix",)),
+    Setting("log", "syslog_address", "syslog", "/dev/log",
+            "socket of syslog, or host:port for UDP"),
 )
 
 
@@ -578,45 +696,62 @@ class ConfigReader:
     """
 
     def __init__(self, path: str, report: Callable[[str, str], None],
-                 overrides: dict[str, str] | None = None) -> None:
+                 overrides: dict[str, str] | None = None,
+                 old: Any = None) -> None:
+        """Read what is at path; for a reload, old is what read() gave."""
         self.path = path
         self.report = report        # called with a backend's name and text
         self.overrides = overrides or {}        # by the name of the setting
+        self.old = old
+        self.texts: dict[tuple[str, str], str] = {}     # section and name
         self.errors: list[tuple[int, str]] = []
         self.sections: dict[str, Section] = {}
 
     def read(self) -> Any:
         """Give a namespace of sections, each a namespace of its settings.
 
-        It has path and backends (pairs of name and object) besides.  Raises
-        ConfigError with all errors in line order, and their count.
+        It has path, texts (of the settings) and backends (pairs of name and
+        object) besides.  Raises ConfigError with all errors in line order,
+        and their count.
         """
-        try:
-            with open(self.path, encoding="utf-8-sig") as file:
-                self.parse(file)
-        except OSError as error:
-            raise ConfigError(f"cannot read the config: {reason(error)};"
-                              " name another with --config") from None
-        except UnicodeDecodeError:
-            raise ConfigError(f"{self.path} is not UTF-8; convert it, e.g."
-                              " with iconv -f latin1 -t utf-8") from None
-        config = types.SimpleNamespace(path=self.path)
+        self.parse(self.read_text())
+        config = types.SimpleNamespace(path=self.path, texts=self.texts)
         for name in dict.fromkeys(row.section for row in SETTINGS):
             rows = [row for row in SETTINGS if row.section == name]
             values = self.convert_section(name, rows)
             setattr(config, name, types.SimpleNamespace(**values))
-        config.backends = self.make_backends(config.server.backend)
+        config.backends = self.make_backends(
+            config.server.backend, "" if self.old else config.daemon.chroot)
         self.raise_errors()
         return config
+
+    def read_text(self) -> io.StringIO:
+        """Give the file's lines, however they end."""
+        data = b""
+        try:
+            with open(self.path, "rb") as file:
+                data = file.read()
+            return io.StringIO(data.decode("utf-8-sig"), None)
+        except OSError as error:
+            raise ConfigError(f"cannot read the config: {reason(error)};"
+                              " name another with --config") from None
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + 1
+            raise ConfigError(f"{self.path}:{line}: is not UTF-8; convert the"
+                              " file, e.g. with iconv -f latin1 -t utf-8"
+                              ) from None
 
     def raise_errors(self) -> None:
         if not self.errors:
             return
         lines = [f"{self.path}:{line}: {message}" if line else message
                  for line, message in sorted(self.errors)]
+        where = "on the command line"
+        if max(self.errors)[0]:
+            where = f"in {self.path}"
         number = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
         raise ConfigError("\n".join(
-            [*lines, f"{number} in {self.path}, not started"]))
+            [*lines, f"{number} {where}, not started"]))
 
     def error(self, line: int, message: str) -> None:
         """Note what is wrong; line 0 is the command line."""
@@ -636,9 +771,9 @@ class ConfigReader:
             if indented:
                 self.error_indented(indented)
 
-    def error_indented(self, line: int) -> None:
-        self.error(line, "indented line outside a text value; write it"
-                         " without spaces in front")
+    def error_indented(self, line: int, name: str = "") -> None:
+        self.error(line, name + "indented line outside a text value; write it"
+                                " without spaces in front")
 
     def parse_section(self, number: int, line: str) -> Section:
         """Open a section; one that will not do is read and forgotten."""
@@ -647,8 +782,9 @@ class ConfigReader:
         if line[-1] != "]" or not name:
             self.error(number, f'"{line}" is no section; write [name]')
         elif name in self.sections:
-            self.error(number, f"[{name}]: stands on line "
-                       f"{self.sections[name].line} already; make them one")
+            section = self.sections[name]
+            self.error(number, f"[{name}]: stands on line {section.line}"
+                               " already; make them one")
         else:
             self.sections[name] = section
         return section
@@ -689,15 +825,21 @@ class ConfigReader:
     def convert(self, row: Setting, entry: Entry | None) -> Any:
         """Give one value; on error note it, and give the default."""
         value = KINDS[row.kind].convert(row.default)
+        text = self.overrides.get(row.name, entry.text if entry
+                                  else row.default)
+        self.texts[row.section, row.name] = text
+        if self.old and row.section == "daemon":    # a user means nothing
+            return getattr(self.old.daemon, row.name)   # inside a chroot
         if entry:
+            written = entry.text
             if entry.indented and KINDS[row.kind].convert is not str:
-                self.error_indented(entry.indented)
-            else:
-                value = self.convert_text(row, row.name, " = ", entry.text,
-                                          entry.line, value)
-        if row.flags and row.name in self.overrides:
-            value = self.convert_text(row, row.flags[-1], " ",
-                                      self.overrides[row.name], 0, value)
+                self.error_indented(entry.indented, f"{row.name}: ")
+                written = written.partition("\n")[0]
+            value = self.convert_text(row, row.name, " = ", written,
+                                      entry.line, value)
+        if row.name in self.overrides:
+            flag = row.flags[-1] if row.flags else "--" + row.name
+            value = self.convert_text(row, flag, " ", text, 0, value)
         return value
 
     def convert_text(self, row: Setting, name: str, equals: str, text: str,
@@ -706,13 +848,15 @@ class ConfigReader:
         try:
             return kind.convert(text)
         except ValueError as error:
+            example = row.default or kind.example
             self.error(line, f'{name}: "{text}" {error};'
-                             f" write e.g. {name}{equals}{kind.example}")
+                             f" write e.g. {name}{equals}{example}")
             return default
 
     # From values to backends.
 
-    def make_backends(self, names: tuple[str, ...]) -> tuple[Any, ...]:
+    def make_backends(self, names: tuple[str, ...],
+                      chroot: str) -> tuple[Any, ...]:
         """Build the backends, and complain of sections that are of none."""
         made = []
         core = {row.section for row in SETTINGS}
@@ -725,7 +869,8 @@ class ConfigReader:
                 continue
             options = self.backend_options(name, cls)
             if name in names and options is not None:
-                made.append((name, self.make_backend(name, cls, options)))
+                made.append((name, self.make_backend(name, cls, options,
+                                                     chroot)))
         return tuple(made)
 
     def error_backend(self, name: str, wanted: bool, error: Any) -> None:
@@ -755,15 +900,19 @@ class ConfigReader:
         else:
             options = {e.name: e.text for e in section.entries.values()}
             for entry in section.entries.values():
-                if re.search("[ \t@]", entry.name):
+                if re.search("[\0- \x7f-\x9f@]|^/[Ww]$", entry.name):
                     self.error(entry.line, f"{entry.name}: nobody can ask for"
                                " it; write a name without spaces and @")
         return options if len(self.errors) == before else None
 
-    def make_backend(self, name: str, cls: Any, options: Any) -> Any:
+    def make_backend(self, name: str, cls: Any, options: Any,
+                     chroot: str) -> Any:
         """Build one backend; its ValueError begins with the setting."""
         try:
-            return cls(options, functools.partial(self.report, name))
+            backend = cls(options, functools.partial(self.report, name))
+            if chroot and hasattr(backend, "enter_chroot"):
+                backend.enter_chroot(chroot)
+            return backend
         except ValueError as error:
             section = self.sections.get(name, Section(0, {}))
             setting = str(error).partition(":")[0]
@@ -775,6 +924,7 @@ class ConfigReader:
 
 # ---- Log ------------------------------------------------------------------
 
+MAX_SYSLOG = 8192       # bytes of a message; rsyslog takes no more
 QUOTED = re.compile(r'[^ !#-\[\]-~]')   # what an escape must stand for
 PLAIN = re.compile(r'[!#-<>-\[\]-~]+')  # a value that needs no quotes
 
@@ -795,46 +945,105 @@ def escape(match: re.Match[str]) -> str:
                    for byte in character.encode("utf-8", "surrogatepass"))
 
 
-class Log:
-    """The log, one event a line, as key=value or JSON, to stderr or a file.
+class Syslog:
+    """A datagram socket to syslog(3), which comes back after a restart.
 
-    Not logging: a line of that costs four times as much as this one, with
-    the system call.  Any thread may write; a line is one system call.
+    Inside a chroot the path is out of reach: there only a socket that stays,
+    as that of systemd-journald does, or UDP survives a restart of syslog.
+    """
+
+    def __init__(self, settings: Any) -> None:
+        """Connect; raise OSError when nobody listens."""
+        self.address: Any = settings.syslog_address
+        self.priority = FACILITIES.index(settings.facility) * 8
+        self.lock = threading.Lock()        # for the socket of a reconnect
+        self.sock = self.connect()
+
+    def connect(self) -> socket.socket:
+        if isinstance(self.address, str):
+            family = socket.AF_UNIX
+        else:           # a name is looked up once: later it may not work
+            host, port = self.address[:2]
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+            family, _, _, _, self.address = found[0]
+        sock = socket.socket(family, socket.SOCK_DGRAM)
+        try:
+            sock.connect(self.address)
+        except OSError:
+            sock.close()
+            raise
+        return sock
+
+    def send(self, level: str, text: str) -> None:
+        """Send a message without waiting; raise OSError if it is lost."""
+        severity = {"error": 3, "warning": 4, "notice": 5, "info": 6,
+                    "debug": 7}[level]
+        data = f"<{self.priority + severity}>{text}".encode()[:MAX_SYSLOG]
+        with self.lock:
+            try:
+                self.sock.send(data, DONT_WAIT)
+            except BlockingIOError:     # it is there, but does not keep up
+                raise
+            except OSError:
+                sock = self.connect()
+                self.sock.close()
+                self.sock = sock
+                self.sock.send(data, DONT_WAIT)
+
+
+class Log:
+    """The log, one event a line, as key=value or JSON.
+
+    It goes to stderr, a file, or syslog.  Any thread may write; a line is
+    one system call.  Not logging: a line of that costs four times as much.
     """
 
     def __init__(self) -> None:
         self.fd = 2
+        self.syslog: Syslog | None = None
         self.level = LEVELS.index("info")
         self.json: Any = None           # the module, when lines are JSON
+        self.prefix = "fingerd"
         self.second = 0                 # the time that stamp spells
         self.stamp = ""
+        self.room = writable_poll(2)
         self.lost = 0                   # lines that could not be written
         self.torn = False               # does the file end within a line?
 
-    def open(self, settings: Any) -> None:
-        """Use the settings of [log]; raise OSError and change nothing."""
-        fd = 2
-        if settings.to != "stderr":
-            fd = os.open(settings.to, os.O_WRONLY | os.O_CREAT | os.O_APPEND
-                         | os.O_CLOEXEC | os.O_NOCTTY, 0o640)
-        self.close()
-        self.fd = fd
-        self.level = LEVELS.index(settings.level)
-        self.json = None
+    def open(self, settings: Any,
+             owner: tuple[int, int] | None = None) -> None:
+        """Use the settings of [log]; raise OSError and change nothing.
+
+        A file that is made gets the owner (uid, gid).
+        """
+        syslog, fd = None, 2
+        json: Any = None
         if settings.format == "json":
             import json  # text has no use for it
-            self.json = json
+        if settings.to == "syslog":
+            syslog = Syslog(settings)
+        elif settings.to != "stderr":
+            fd = open_log_file(settings.to, owner)
+        self.close()
+        self.syslog, self.fd = syslog, fd
+        self.room = writable_poll(fd)
+        self.level = LEVELS.index(settings.level)
+        self.prefix = settings.prefix
+        self.json = json
 
     def close(self) -> None:
-        """Close the file; what comes later goes to stderr."""
+        """Close what is open; what comes later goes to stderr."""
+        if self.syslog:
+            self.syslog.sock.close()
         if self.fd != 2:
             os.close(self.fd)
-        self.fd = 2
+        self.syslog, self.fd = None, 2
+        self.room = writable_poll(2)
 
     def event(self, level: str, event: str, **fields: Any) -> None:
         """Write a line if its level is wanted, the fields in their order."""
         if LEVELS.index(level) >= self.level:
-            self.write(self.format(event, fields))
+            self.write(level, self.format(event, fields))
 
     def query(self, host: str, port: int, line: bytes, reply: Reply,
               sent: int, ms: int) -> None:
@@ -842,14 +1051,14 @@ class Log:
         if LEVELS.index("info") < self.level:
             return
         if self.json:
-            self.write(self.format("query", {
+            self.write("info", self.format("query", {
                 "client": host, "port": port,
                 "q": line.decode("utf-8", "backslashreplace"),
                 "outcome": reply.outcome, "backend": reply.backend,
                 "bytes": sent, "ms": ms}))
         else:
-            self.write(f"query client={host} port={port}"
-                       f" q={quote(line.decode('ascii', 'surrogateescape'))}"
+            q = quote(line.decode("ascii", "surrogateescape"))
+            self.write("info", f"query client={host} port={port} q={q}"
                        f" outcome={reply.outcome} backend={reply.backend}"
                        f" bytes={sent} ms={ms}")
 
@@ -861,32 +1070,72 @@ class Log:
             f"{key}={text if PLAIN.fullmatch(text) else quote(text)}"
             for key, text in texts.items())])
 
-    def write(self, line: str) -> None:
-        """Write a line, its time or the daemon's name in front; no raise."""
+    def write(self, level: str, line: str) -> None:
+        """Write a line, and what is known of lost ones before; no raise."""
         try:
             if self.lost:
                 lost = self.format("lost", {"lines": self.lost})
-                os.write(self.fd, self.finish("\n" * self.torn, lost))
+                self.write_line("warning", lost, "\n" * self.torn)
                 self.lost, self.torn = 0, False
-            data = self.finish("", line)
-            if os.write(self.fd, data) < len(data):
-                self.lost, self.torn = 1, True
+            self.write_line(level, line)
         except OSError:
             self.lost += 1
 
-    def finish(self, start: str, line: str) -> bytes:
-        """Make the bytes of a line."""
+    def write_line(self, level: str, line: str, start: str = "") -> None:
+        """Write a line to where it goes; OSError if that will not take it."""
+        if self.syslog:
+            self.syslog.send(level, f"{self.prefix}[{os.getpid()}]: {line}")
+            return
+        text = start + self.add_time(line)
+        data = text.encode("ascii", "backslashreplace") + b"\n"
+        if self.room:
+            data = data[:select.PIPE_BUF - 1].rstrip(b"\n") + b"\n"
+            if not self.room.poll(0):
+                raise BlockingIOError
+        if os.write(self.fd, data) < len(data):
+            self.torn = True
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def add_time(self, line: str) -> str:
+        """Put the time, or on stderr the prefix, in front of a line."""
         now = int(time.time())
         if now != self.second:
             self.second = now
             self.stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
         if self.json:
-            line = f'{{"time": "{self.stamp}", {line[1:]}'
-        elif self.fd == 2:
-            line = "fingerd: " + line
-        else:
-            line = f"{self.stamp} {line}"
-        return (start + line + "\n").encode("ascii")
+            return f'{{"time": "{self.stamp}", {line[1:]}'
+        if self.fd == 2:
+            return f"{self.prefix}: {line}"
+        return f"{self.stamp} {line}"
+
+
+def writable_poll(fd: int) -> Any:
+    """Give a poll that tells whether a pipe or terminal has room.
+
+    A write of at most PIPE_BUF bytes does not block then (pipe(7)).  None
+    for a file, which always takes it.
+    """
+    try:
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return None
+    except OSError:
+        return None
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return poll
+
+
+def open_log_file(path: str, owner: tuple[int, int] | None) -> int:
+    """Open a file to append to; one that is made is given to its owner."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY
+    flags |= os.O_NONBLOCK      # a pipe that nobody reads must not hold us
+    try:
+        fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o640)
+    except FileExistsError:
+        return os.open(path, flags)
+    if owner:
+        os.fchown(fd, *owner)
+    return fd
 
 
 # ---- Site -----------------------------------------------------------------
@@ -929,6 +1178,8 @@ class Site:
         self.footer = to_wire(server.footer) if server.footer else b""
         self.names = frozenset({"localhost", *(
             server.hostname or (socket.gethostname().lower(),))})
+        self.hops: dict[str, str] = {}      # addresses, for a chroot
+        self.own_ports: set[int] = set()    # that we listen on
         self.guarded = bool(server.allow or server.deny)
         self.allows = functools.lru_cache(maxsize=4096)(self.find_access)
 
@@ -981,8 +1232,11 @@ class Site:
             reply = join_replies([
                 self.look_up_user(user, query.verbose, client, deadline)
                 for user in query.users])
-        data = (self.frame(reply.data) if reply.outcome == "answered"
-                else truncate(reply.data, self.max_reply))
+        data = reply.data
+        if reply.outcome == "answered":
+            data = self.frame(data)
+        elif len(query.users) > 1:
+            data = truncate(data, self.max_reply)
         return reply if data is reply.data else reply._replace(data=data)
 
     def look_up_user(self, user: str, verbose: bool, client: str,
@@ -1062,14 +1316,16 @@ class Site:
         *others, host = query.hosts
         host = host.lower().rstrip(".").strip("[]")
         port = self.config.server.forward.get(host)
-        if port is None or not all(query.hosts):
+        if port is None or not all(query.hosts) or (
+                len(query.hosts) > MAX_HOSTS):
             return FIXED["forward-denied"]
         if deadline is None:
             raise WouldWait
         line = ("/W " if query.verbose else "") + "@".join(
             ["".join(query.users), *others])
         try:
-            answer = fetch_finger(host, port, line, self.max_reply, deadline)
+            answer = fetch_finger((self.hops.get(host, host), port), line,
+                                  self.max_reply, deadline, self.own_ports)
         except OSError as error:
             self.log.event("warning", "failed", forward=f"{host}:{port}",
                            reason=reason(error))
@@ -1077,23 +1333,61 @@ class Site:
         return Reply("forwarded", truncate(to_wire(answer), self.max_reply))
 
 
-def fetch_finger(host: str, port: int, line: str, limit: int,
-                 deadline: float) -> str:
+    def resolve_hops(self) -> None:
+        """Look the next hops up now: in a chroot names mean nothing."""
+        for host, port in self.config.server.forward.items():
+            try:
+                found = socket.getaddrinfo(host, port,
+                                           type=socket.SOCK_STREAM)
+            except (OSError, UnicodeError) as error:
+                self.log.event("warning", "failed", forward=f"{host}:{port}",
+                               reason=str(error))
+            else:
+                self.hops[host] = str(found[0][4][0])
+
+
+def connect_before(deadline: float, host: str, port: int) -> socket.socket:
+    """Connect to the first address of a host that can be had in time."""
+    failure = OSError(f"{host} has no address")
+    for family, kind, protocol, _, address in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(seconds_left(deadline))
+            sock.connect(address)
+            return sock
+        except OSError as error:
+            sock.close()
+            failure = error
+    raise failure
+
+
+def seconds_left(deadline: float) -> float:
+    """Give the seconds to a deadline; TimeoutError if there are none."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("the next hop took too long")
+    return left
+
+
+def fetch_finger(address: tuple[str, int], line: str, limit: int,
+                 deadline: float, own_ports: Container[int]) -> str:
     """Ask another finger server; give what it says, at most limit bytes.
 
     Raises OSError, TimeoutError at the deadline (monotonic seconds).
     """
-    def left() -> float:
-        seconds = deadline - time.monotonic()
-        if seconds <= 0:
-            raise TimeoutError("the next hop took too long")
-        return seconds
-
     answer = b""
-    with socket.create_connection((host, port), left()) as sock:
+    try:
+        sock = connect_before(deadline, *address)
+    except UnicodeError:
+        raise OSError("is no name of a host") from None
+    with sock:
+        if (sock.getpeername()[0] == sock.getsockname()[0]
+                and address[1] in own_ports):
+            raise OSError("the next hop is this server itself")
         sock.sendall(line.encode() + b"\r\n")
         while len(answer) <= limit:
-            sock.settimeout(left())
+            sock.settimeout(seconds_left(deadline))
             data = sock.recv(65536)
             if not data:
                 break
@@ -1107,12 +1401,12 @@ BACKLOG = 1024          # connections the kernel holds for us: see listen(2)
 ACCEPTS = 256           # in a row, before other clients get their turn
 GRACE = 1.0             # seconds for a backend to come back from a timeout
 PAUSE = 1.0             # seconds without accept when descriptors are out
+QUIET = 10.0            # seconds between two lines "full"
 LINGER = 0.05           # seconds until we look whether a client has closed
 LINGERING = 256         # such clients; with more, the oldest is looked at
 DISCARD = 1 << 18       # bytes read away behind a query; more is a flood
 TRACKED = 65536         # addresses whose rate is known; then the oldest go
-RECEIVE = int(socket.MSG_DONTWAIT)      # int(): an enum's | costs 2 us
-SEND = RECEIVE | int(getattr(socket, "MSG_MORE", 0))    # FIN in one segment
+SEND = DONT_WAIT | int(getattr(socket, "MSG_MORE", 0))    # FIN in one segment
 STATES = {      # what a client can wait for, and how the selector helps
     "reading": selectors.EVENT_READ,    # the line
     "queued": 0,                        # a thread
@@ -1199,14 +1493,13 @@ class FingerServer(socketserver.ThreadingTCPServer):
     def __init__(self, listeners: list[socket.socket], site: Site,
                  log: Log) -> None:
         """Take over sockets that listen already and do not block."""
-        socketserver.BaseServer.__init__(self, listeners[0].getsockname(),
-                                         FingerHandler)
-        self.socket = listeners[0]
+        socketserver.BaseServer.__init__(self, ("", 0), FingerHandler)
         self.listeners = listeners
         self.site = site
+        site.own_ports = {listener.getsockname()[1] for listener in listeners}
         self.log = log
         self.started = time.monotonic()
-        self.queries = 0
+        self.outcomes = dict.fromkeys(OUTCOMES, 0)
         self.clients: dict[str, Any] = {
             state: collections.OrderedDict() for state in STATES}
         self.hosts: dict[str, int] = {}     # clients with a state, by address
@@ -1216,7 +1509,12 @@ class FingerServer(socketserver.ThreadingTCPServer):
         self.answers: collections.deque[tuple[Client, Reply | None, bytes]]
         self.answers = collections.deque()  # from threads
         self.signals: collections.deque[int] = collections.deque()
-        self.listening = self.full = self.starved = False
+        self.actions: dict[int, Callable[[], None]] = {}    # else stop()
+        self.heartbeat: Callable[[], float] | None = None   # gives seconds
+        self.next_beat = 0.0
+        self.listening = self.starved = False
+        self.full = self.full_told = False
+        self.full_logged = -math.inf
         self.paused_until = 0.0
         self.stop_deadline: float | None = None
         self.stopped_by = ""
@@ -1237,15 +1535,26 @@ class FingerServer(socketserver.ThreadingTCPServer):
             self.watch_listeners(now)
             for key, _ in self.selector.select(self.patience(now)):
                 if isinstance(key.data, Client):
-                    self.go_on(key.data)
+                    self.attempt(self.go_on, key.data)
                 else:
                     key.data(key.fileobj)
             self.take_answers()
             now = time.monotonic()
             self.look_at_lingering(now)
             self.end_overdue(now)
+            if self.heartbeat and now >= self.next_beat:
+                self.next_beat = now + self.heartbeat()
             self.act_on_signals()
+        for state in ("reading", "queued", "asking", "sending"):
+            for client in list(self.clients[state]):    # out of time
+                self.leave(client, "gone")
         self.ended.set()
+
+    def serve_one(self, sock: socket.socket) -> None:
+        """Serve a connection that is open already, and no other."""
+        self.stop_deadline = math.inf
+        self.begin(Client(sock, sock.getpeername()))
+        self.serve_forever()
 
     def done(self) -> bool:
         if self.stop_deadline is None:
@@ -1264,7 +1573,10 @@ class FingerServer(socketserver.ThreadingTCPServer):
             times.append(self.lingering[0].deadline)
         if self.paused_until > now:
             times.append(self.paused_until)
-        return max(0, min(times) - now) if times else None
+        if self.heartbeat:
+            times.append(self.next_beat)
+        # Some systems' selectors take no more than 24 days.
+        return max(0, min(*times, now + 3600) - now) if times else None
 
     def wake(self) -> None:
         """Make the loop look around, from any thread."""
@@ -1277,18 +1589,18 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     def act_on_signals(self) -> None:
         while self.signals:
-            self.stop(signal.Signals(self.signals.popleft()).name)
+            self.actions.get(self.signals.popleft(), self.stop)()
 
     # From a listening socket to a line.
 
     def watch_listeners(self, now: float) -> None:
         """Leave new clients in the kernel's queue while there is no room."""
-        crowd, most = self.crowd(), self.site.config.limits.max_clients
-        if self.full != (crowd >= most):
+        most = self.site.config.limits.max_clients
+        if self.crowd() >= most:
+            self.look_at_lingering(math.inf)    # most of them have gone
+        if self.full != (self.crowd() >= most):
             self.full = not self.full
-            self.log.event("warning" if self.full else "notice",
-                           "full" if self.full else "room",
-                           clients=crowd, limit=most)
+            self.log_full(now)
         wanted = not self.full and now >= self.paused_until
         if wanted == self.listening:
             return
@@ -1299,6 +1611,18 @@ class FingerServer(socketserver.ThreadingTCPServer):
                                        self.accept_clients)
             else:
                 self.selector.unregister(listener)
+
+    def log_full(self, now: float) -> None:
+        """Log that there is no room, or room again, but not all the time."""
+        if self.full and now >= self.full_logged + QUIET:
+            self.full_logged = now
+            self.full_told = True
+        if self.full_told:
+            self.log.event("warning" if self.full else "notice",
+                           "full" if self.full else "room",
+                           clients=self.crowd(),
+                           limit=self.site.config.limits.max_clients)
+        self.full_told = self.full_told and self.full
 
     def accept_clients(self, listener: socket.socket) -> None:
         """Accept until it would block, or others should have their turn."""
@@ -1313,7 +1637,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
                 if self.is_starved(error):
                     return
                 continue        # this one has left already: see accept(2)
-            self.begin(Client(sock, address))
+            self.attempt(self.begin, Client(sock, address))
 
     def is_starved(self, error: OSError) -> bool:
         """Pause if accept failed for want of descriptors; log that once."""
@@ -1336,26 +1660,31 @@ class FingerServer(socketserver.ThreadingTCPServer):
                 site.config.limits.max_clients_per_host):
             self.refuse(client, "limited")
         else:
-            self.go_on(client)
+            self.read_line(client)
 
-    def go_on(self, client: Client) -> None:
-        """Do what a client has waited for; a bug costs nobody but it."""
+    def attempt(self, step: Callable[..., None], client: Client,
+                *args: Any) -> None:
+        """Take a step for a client; a bug in it costs nobody but that one."""
         try:
-            if client.state == "sending":
-                self.send(client)
-            elif client.state == "closing":
-                self.read_away(client)
-            else:
-                self.read_line(client)
+            step(client, *args)
         except Exception:
             self.handle_error(client, client.host)
             self.drop(client)
+
+    def go_on(self, client: Client) -> None:
+        """Do what a client has waited for."""
+        if client.state == "sending":
+            self.send(client)
+        elif client.state == "closing":
+            self.read_away(client)
+        else:
+            self.read_line(client)
 
     def read_line(self, client: Client) -> None:
         """Take what has come; with the line end, or the file's, answer."""
         most = self.site.max_query
         try:
-            data = client.sock.recv(most + 2, RECEIVE)
+            data = client.sock.recv(most + 2, DONT_WAIT)
         except BlockingIOError:
             self.move(client, "reading")
             return
@@ -1365,13 +1694,17 @@ class FingerServer(socketserver.ThreadingTCPServer):
         line = client.data = client.data + data if client.data else data
         end = find_line_end(line)
         if end:
-            client.data = strip_telnet(line[:end.end()])
+            line = line[:end.end()]
         elif not line:
             self.leave(client, "silent")
             return
-        elif data and len(line) <= most + 1:
+        elif len(line) > most + 1:
+            self.refuse(client, "too-long")
+            return
+        elif data:
             self.move(client, "reading")
             return
+        client.data = strip_telnet(line)
         self.process_request(client, client.host)
 
     # From a line to a reply.
@@ -1426,11 +1759,9 @@ class FingerServer(socketserver.ThreadingTCPServer):
             self.lookups -= 1
             if client.state != "asking":
                 continue
-            if reply:
-                client.reply, client.rest = reply, data
-                self.send(client)
-            else:
-                self.refuse(client, "failed")
+            client.reply = reply or FIXED["failed"]
+            client.rest = data or client.reply.data
+            self.attempt(self.send, client)
         self.start_lookups()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -1471,7 +1802,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     def log_query(self, client: Client, reply: Reply) -> None:
         """Write the one line of a connection."""
-        self.queries += 1
+        self.outcomes[reply.outcome] += 1
         if self.log.level > LEVELS.index("info"):
             return
         sent = len(client.reply.data) - len(client.rest) if client.reply else 0
@@ -1486,20 +1817,22 @@ class FingerServer(socketserver.ThreadingTCPServer):
         """
         while self.lingering and (self.lingering[0].deadline <= now
                                   or len(self.lingering) > LINGERING):
-            self.read_away(self.lingering.popleft())
+            self.attempt(self.read_away, self.lingering.popleft())
 
     def read_away(self, client: Client) -> None:
         """Read until the client closes: a close with bytes unread would be
         a reset, and could take the reply from it (RFC 1122 4.2.2.13)."""
         try:
             while client.discarded <= DISCARD:
-                data = client.sock.recv(65536, RECEIVE)
+                data = client.sock.recv(65536, DONT_WAIT)
                 if not data:
                     break
                 client.discarded += len(data)
         except BlockingIOError:
-            self.move(client, "closing")
-            return
+            # Who was refused a place does not get one to close slowly.
+            if client.reply not in (FIXED["denied"], FIXED["limited"]):
+                self.move(client, "closing")
+                return
         except OSError:
             pass
         self.drop(client)
@@ -1538,6 +1871,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
                 self.selector.register(client.sock, events, client)
         except OSError as error:
             self.log.event("error", "starved", reason=reason(error))
+            self.log_query(client, Reply("gone", b""))
             client.sock.close()
             return False
         return True
@@ -1567,7 +1901,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
         """Do what is due to those whose time in a state is over."""
         for state, clients in self.clients.items():
             while clients and next(iter(clients)).deadline <= now:
-                self.end_time(next(iter(clients)), state)
+                self.attempt(self.end_time, next(iter(clients)), state)
 
     def end_time(self, client: Client, state: str) -> None:
         if state == "reading":
@@ -1581,7 +1915,16 @@ class FingerServer(socketserver.ThreadingTCPServer):
         else:
             self.drop(client)
 
-    def stop(self, reason: str) -> None:
+    def change_site(self, site: Site) -> None:
+        """Serve by another config from now on, also those who are here."""
+        site.hops, site.own_ports = self.site.hops, self.site.own_ports
+        self.site = site
+        longest = time.monotonic() + site.config.limits.timeout + GRACE
+        for clients in self.clients.values():
+            for client in clients:
+                client.deadline = min(client.deadline, longest)
+
+    def stop(self, reason: str = "shutdown") -> None:
         """Take no new clients; let serve_forever() end with the last one."""
         if self.stop_deadline is not None:
             return
@@ -1621,6 +1964,8 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
 # ---- Process --------------------------------------------------------------
 
+STOP_PATIENCE = 5.0             # seconds beyond the timeout, for --stop
+PIDFILE_PATIENCE = 0.3          # seconds; others hold its lock for less
 SPARE_DESCRIPTORS = 32          # log, listeners, selector, Python's own
 LOOKUP_DESCRIPTORS = 4          # a thread's socket, or pipes of its process
 
@@ -1651,7 +1996,8 @@ def open_listeners(addresses: Iterable[tuple[str, int]]) -> list[
     listeners: list[socket.socket] = []
     try:
         for host, port in addresses:
-            listeners += listen_on(host, port)
+            listeners += listen_on(host, port, [
+                listener.getsockname() for listener in listeners])
     except StartError:
         for listener in listeners:
             listener.close()
@@ -1659,10 +2005,12 @@ def open_listeners(addresses: Iterable[tuple[str, int]]) -> list[
     return listeners
 
 
-def listen_on(host: str, port: int) -> list[socket.socket]:
+def listen_on(host: str, port: int,
+              taken: Container[Any] = ()) -> list[socket.socket]:
     """Listen on all addresses of a name; on one of them at least.
 
-    Addresses of a family that the system lacks are passed over.
+    Addresses that we have taken are passed over, and so are those of a
+    family that the system lacks.
     """
     listeners: list[socket.socket] = []
     failure: OSError | None = None
@@ -1673,6 +2021,8 @@ def listen_on(host: str, port: int) -> list[socket.socket]:
                                    flags=socket.AI_PASSIVE)
         for family, _, _, _, address in dict.fromkeys(infos):
             where = address_text(address)
+            if address in taken:
+                continue
             try:
                 listener = listen((address[0], port, *address[2:]), family)
             except OSError as error:
@@ -1690,6 +2040,9 @@ def listen_on(host: str, port: int) -> list[socket.socket]:
             listener.close()
         raise StartError(f"cannot listen on {where}: {reason(error)}"
                          + listen_hint(error)) from None
+    except UnicodeError:
+        raise StartError(f"cannot listen on {where}: that is no name of a"
+                         " host") from None
     return listeners
 
 
@@ -1718,8 +2071,35 @@ def listen(address: tuple[Any, ...], family: int) -> socket.socket:
     return listener
 
 
-def fit_max_clients(limits: Any, log: Log) -> None:
+def passed_listeners() -> list[socket.socket]:
+    """Take the sockets that systemd has opened (sd_listen_fds(3))."""
+    pid = os.environ.pop("LISTEN_PID", "")
+    number = os.environ.pop("LISTEN_FDS", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()) or not number.isdigit():
+        return []
+    listeners: list[socket.socket] = []
+    for fd in range(3, 3 + int(number)):
+        try:
+            listener = Listener(fileno=fd)
+            listening = listener.getsockopt(socket.SOL_SOCKET,
+                                            socket.SO_ACCEPTCONN)
+        except OSError as error:
+            raise StartError(f"LISTEN_FDS: descriptor {fd} is no socket:"
+                             f" {reason(error)}") from None
+        if not listening or listener.family not in (socket.AF_INET,
+                                                    socket.AF_INET6):
+            raise StartError(f"LISTEN_FDS: descriptor {fd} is no listening"
+                             " TCP socket; write ListenStream=79")
+        listener.set_inheritable(False)
+        listener.setblocking(False)
+        listeners.append(listener)
+    return listeners
+
+
+def fit_max_clients(config: Any, log: Log) -> None:
     """Raise the limit of descriptors, and keep max_clients within it."""
+    limits = config.limits
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(ValueError, OSError):
@@ -1727,48 +2107,422 @@ def fit_max_clients(limits: Any, log: Log) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return
-    spare = SPARE_DESCRIPTORS + LOOKUP_DESCRIPTORS * limits.max_threads
-    most = max(1, soft - spare)
+    most = soft - SPARE_DESCRIPTORS
+    if config.server.forward or any(
+            backend.waits for _, backend in config.backends):
+        most -= min(LOOKUP_DESCRIPTORS * limits.max_threads, most // 2)
+    most = max(1, most)
     if most < limits.max_clients:
         log.event("notice", "limits", max_clients=most, descriptors=soft,
                   configured=limits.max_clients)
         limits.max_clients = most
 
 
-def watch_signals(server: FingerServer) -> None:
-    """Have signals noted and the loop woken: the loop acts on them."""
-    def note(number: int, frame: Any) -> None:
-        server.signals.append(number)
+class Pidfile:
+    """A file with the number of the process, locked while that lives.
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
-    # A launcher may have left it ignored: then no program has a status.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.set_wakeup_fd(server.waker.fileno(), warn_on_full_buffer=False)
+    The lock (flock(2)) tells whether one runs, never the number: a file that
+    a crash has left behind is not locked, and does no harm.
+    """
 
-
-def serve(config: Any, log: Log) -> None:
-    """Start, serve until a signal, end.  Raises StartError."""
-    site = Site(config, log)
-    listeners = open_listeners(config.server.listen)
-    with FingerServer(listeners, site, log) as server:
+    def __init__(self, path: str) -> None:
+        """Lock the file, made if need be; StartError if another holds it."""
+        self.path = path
+        until = time.monotonic() + PIDFILE_PATIENCE
         try:
-            log.open(config.log)
+            while not self.lock():
+                if time.monotonic() > until:
+                    with open(path, encoding="ascii") as file:
+                        pid = file.read(20).strip() or "not known yet"
+                    raise StartError(f"already running, pid {pid}"
+                                     f" ({path} is locked)")
+                time.sleep(0.01)
         except OSError as error:
-            raise StartError(f"cannot open the log: {reason(error)}") from None
-        watch_signals(server)
-        fit_max_clients(config.limits, log)
-        log.event("notice", "ready", listen=",".join(
-            address_text(listener.getsockname()) for listener in listeners),
-            backend=",".join(name for name, backend in config.backends),
-            pid=os.getpid())
-        server.serve_forever()
-        log.event("notice", "stopped", signal=server.stopped_by,
-                  queries=server.queries,
-                  seconds=int(time.monotonic() - server.started))
+            raise StartError("cannot lock the pidfile:"
+                             f" {reason(error)}") from None
+
+    def lock(self) -> bool:
+        """Try once.  A --status may hold the lock, but only for a moment."""
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+                          | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # One that ends may have removed the file since it was opened.
+            if os.path.samestat(os.fstat(self.fd), os.stat(self.path)):
+                os.fchmod(self.fd, 0o644)       # for --status by anybody
+                return True
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        os.close(self.fd)
+        return False
+
+    def write(self) -> None:
+        """Put the number of this process in."""
+        os.ftruncate(self.fd, 0)
+        os.pwrite(self.fd, b"%d\n" % os.getpid(), 0)
+
+    def remove(self) -> None:
+        """Empty the file, and remove it if we may; that ends the lock."""
+        os.ftruncate(self.fd, 0)
+        with contextlib.suppress(OSError):      # in a chroot it is another
+            if os.path.samestat(os.fstat(self.fd), os.stat(self.path)):
+                os.unlink(self.path)
+        os.close(self.fd)
+
+
+def running_pid(path: str) -> int:
+    """Give the process number of the daemon that holds a pidfile, or 0."""
+    until = time.monotonic() + PIDFILE_PATIENCE
+    while True:
+        try:
+            with open(path, encoding="ascii", errors="replace") as file:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    return 0
+                text = file.read(20).strip()
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            raise StartError("cannot read the pidfile:"
+                             f" {reason(error)}") from None
+        if text.isdigit():
+            return int(text)
+        if time.monotonic() > until:
+            raise StartError(f"{path} is locked, but has no number in it")
+        time.sleep(0.01)        # it is just starting, or ending
+
+
+def choose_ids(daemon: Any) -> tuple[str, int, int] | None:
+    """Choose the name, uid and gid to become; None to stay who we are."""
+    if os.geteuid() != 0:
+        if daemon.chroot or (
+                daemon.user and daemon.user.uid != os.geteuid()) or (
+                daemon.group is not None and daemon.group != os.getegid()):
+            raise StartError("only root can change the user, the group or the"
+                             " root directory; start as root, or remove user,"
+                             " group and chroot")
+        return None
+    try:
+        nobody = pwd.getpwnam("nobody")
+    except KeyError:
+        raise StartError('there is no user "nobody" to become; write user ='
+                         " NAME, or user = root") from None
+    chosen = daemon.user or User("nobody", nobody.pw_uid, nobody.pw_gid)
+    gid = daemon.group
+    if gid is None:
+        gid = nobody.pw_gid if chosen.gid is None else chosen.gid
+    return chosen.name, chosen.uid, gid
+
+
+def drop_privileges(name: str, uid: int, gid: int) -> None:
+    """Become a user, without a way back; StartError if there is one."""
+    try:
+        os.setgroups([gid])
+        os.setgid(gid)
+        os.setuid(uid)      # real, effective and saved: we are root
+    except OSError as error:
+        raise StartError(f"cannot become {name}: {reason(error)}") from None
+    if uid == 0:
+        return
+    for regain in (os.setuid, os.seteuid):
+        with contextlib.suppress(PermissionError):
+            regain(0)
+            raise StartError("the rights of root can be had again")
+    if os.getgroups() != [gid] or os.getgid() != gid:
+        raise StartError("groups of root remain")
+    forbid_new_privileges()
+
+
+def forbid_new_privileges() -> None:
+    """Take the power from set-user-id programs (Linux: prctl(2))."""
+    if sys.platform == "linux":
+        import ctypes  # needed nowhere else
+        ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)     # PR_SET_NO_NEW_PRIVS
+
+
+def load_late_imports() -> None:
+    """Load what cannot be read when it is needed: closed, or outside."""
+    import ctypes
+    import difflib  # noqa: F401
+    import encodings.idna  # noqa: F401
+    import json  # noqa: F401
+    try:
+        raise ValueError
+    except ValueError:
+        traceback.format_exc()      # has imports of its own
+    with contextlib.suppress(OSError):      # glibc ends threads with it, and
+        ctypes.CDLL("libgcc_s.so.1")        # aborts where it is not found
+
+
+def daemonize() -> int:
+    """Go on in the background, in a session of its own (daemon(7)).
+
+    Only the daemon returns, with a descriptor: a byte written to it ends the
+    launching command with status 0, its close without one with status 1.
+    """
+    launcher, ready = os.pipe()
+    if os.fork():
+        os.close(ready)
+        os._exit(0 if os.read(launcher, 1) else 1)
+    os.close(launcher)
+    os.setsid()
+    if os.fork():       # who leads a session could get a terminal again
+        os._exit(0)
+    return ready
+
+
+def release_launcher(launcher: int, null: int) -> None:
+    """End the launching command with status 0; leave its terminal."""
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.write(launcher, b"\0")
+    os.close(launcher)
+
+
+class Notifier(contextlib.AbstractContextManager):
+    """Tells systemd how it goes (sd_notify(3)); without one it is silent."""
+
+    def __init__(self) -> None:
+        """Connect now: in a chroot the path is out of reach."""
+        path = os.environ.pop("NOTIFY_SOCKET", "")
+        period = os.environ.pop("WATCHDOG_USEC", "")
+        pid = os.environ.pop("WATCHDOG_PID", str(os.getpid()))
+        self.sock: socket.socket | None = None
+        self.period = 0.0       # seconds between signs of life; 0 for none
+        if not path:
+            return
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            self.sock.connect("\0" + path[1:] if path[0] == "@" else path)
+        except OSError as error:
+            self.sock.close()
+            raise StartError("cannot reach NOTIFY_SOCKET:"
+                             f" {reason(error)}") from None
+        if period.isdigit() and pid == str(os.getpid()):
+            self.period = int(period) / 2e6
+
+    def tell(self, *lines: str) -> None:
+        if self.sock:
+            with contextlib.suppress(OSError):
+                self.sock.send("\n".join(lines).encode(), DONT_WAIT)
+
+    def live(self) -> float:
+        """Give a sign of life; say in how many seconds the next is due."""
+        self.tell("WATCHDOG=1")
+        return self.period
+
+    def __exit__(self, *exception: object) -> None:
+        if self.sock:
+            self.sock.close()
+
+
+class Daemon:
+    """The process: how it starts, what signals do, how it ends."""
+
+    def __init__(self, config: Any, log: Log,
+                 reader: Callable[..., ConfigReader]) -> None:
+        self.config = config
+        self.log = log
+        self.reader = reader            # for the config at a path, anew
+        self.directory = os.getcwd()    # where relative paths start
+        self.root = ""                  # the chroot that we are in
+        self.ids: tuple[str, int, int] | None = None    # whom we became
+        self.pidfile: Pidfile | None = None
+        self.server: FingerServer
+
+    def run(self) -> None:
+        """Start, serve until a signal, end.  Raises StartError.
+
+        All that can fail does so before the launching command returns, most
+        of it before the fork.
+        """
+        os.umask(self.config.daemon.umask)
+        site = Site(self.config, self.log)
+        with contextlib.ExitStack() as opened:
+            listeners = passed_listeners() or open_listeners(
+                self.config.server.listen)
+            for listener in listeners:
+                opened.enter_context(listener)
+            self.ids = choose_ids(self.config.daemon)
+            if self.config.daemon.pidfile:
+                self.pidfile = Pidfile(self.path(self.config.daemon.pidfile))
+            self.open_log()
+            self.notifier = opened.enter_context(Notifier())
+            null = opened.enter_context(open(os.devnull, "r+b", 0))
+            self.give_up_rights(site)
+            launcher = daemonize() if self.config.daemon.daemonize else None
+            if self.pidfile:
+                self.pidfile.write()
+            self.server = opened.enter_context(
+                FingerServer(listeners, site, self.log))
+            self.watch_signals()
+            self.tell_ready()
+            if launcher is not None:
+                release_launcher(launcher, null.fileno())
+            self.server.serve_forever()
+            self.tell_end()
+
+    def run_inetd(self, sock: socket.socket) -> None:
+        """Serve one connection, which inetd(8) has accepted."""
+        os.umask(self.config.daemon.umask)
+        site = Site(self.config, self.log)
+        self.ids = choose_ids(self.config.daemon)
+        self.open_log()
+        self.give_up_rights(site)
+        with FingerServer([], site, self.log) as server:
+            server.serve_one(sock)
+
+    def give_up_rights(self, site: Site) -> None:
+        """Enter the chroot and the rundir, and become the user."""
+        daemon = self.config.daemon
+        rundir = daemon.rundir or (
+            "/" if daemon.daemonize or daemon.chroot else "")
+        if self.ids or daemon.chroot:
+            load_late_imports()
+        try:
+            if daemon.chroot:
+                site.resolve_hops()
+                os.chroot(daemon.chroot)
+                os.chdir("/")
+                self.root = os.path.normpath(daemon.chroot)
+            if rundir:
+                os.chdir(rundir)
+        except OSError as error:
+            raise StartError("cannot enter chroot or rundir:"
+                             f" {reason(error)}") from None
+        if self.ids:
+            drop_privileges(*self.ids)
+
+    def path(self, name: str) -> str:
+        """Give the absolute path of a file, as it is seen from a chroot."""
+        path = os.path.normpath(os.path.join(self.directory, name))
+        if self.root and path.startswith(self.root + "/"):
+            return path[len(self.root):]
+        return path
+
+    def open_log(self) -> None:
+        settings = self.config.log
+        if settings.to not in ("stderr", "syslog"):
+            settings.to = self.path(settings.to)
+        elif settings.to == "stderr" and self.config.daemon.daemonize:
+            complain("the log will be lost: it goes to stderr, and there is"
+                     " none in the background; write to = syslog, or a file")
+        try:
+            self.log.open(settings, self.ids[1:] if self.ids else None)
+        except OSError as error:
+            where = "open the log"
+            if settings.to == "syslog":
+                where = f"reach syslog at {settings.syslog_address}"
+            raise StartError(f"cannot {where}: {reason(error)}") from None
+
+    def tell_ready(self) -> None:
+        """Write the first lines of the log, and let systemd know."""
+        event = self.log.event
+        fit_max_clients(self.config, self.log)
+        for (section, name), text in self.config.texts.items():
+            event("debug", "setting", section=section, name=name, value=text)
+        if self.ids and not self.config.daemon.user:
+            event("notice", "user", name=self.ids[0],
+                  reason="started as root, and user is not set")
+        user = {"user": self.ids[0]} if self.ids else {}
+        event("notice", "ready", listen=",".join(
+            address_text(listener.getsockname())
+            for listener in self.server.listeners),
+            backend=",".join(name for name, _ in self.config.backends),
+            **user, pid=os.getpid())
+        self.notifier.tell("READY=1", f"MAINPID={os.getpid()}")
+        if self.notifier.period:
+            self.server.heartbeat = self.notifier.live
+
+    def tell_end(self) -> None:
+        self.log.event("notice", "stopped", signal=self.server.stopped_by,
+                       queries=sum(self.server.outcomes.values()),
+                       seconds=int(time.monotonic() - self.server.started))
+        if self.pidfile:
+            self.pidfile.remove()
+        signal.set_wakeup_fd(-1)
+        for number in self.server.actions:      # it is too late for more
+            signal.signal(number, signal.SIG_IGN)
+
+    # Signals.
+
+    def watch_signals(self) -> None:
+        """Have signals noted and the loop woken: the loop acts on them."""
+        def note(number: int, frame: Any) -> None:
+            self.server.signals.append(number)
+
+        self.server.actions = {
+            signal.SIGTERM: functools.partial(self.stop, "SIGTERM"),
+            signal.SIGINT: functools.partial(self.stop, "SIGINT"),
+            signal.SIGHUP: self.reload, signal.SIGUSR1: self.log_counters}
+        for number in self.server.actions:
+            signal.signal(number, note)
+        # A launcher may have left it ignored: then no program has a status.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.set_wakeup_fd(self.server.waker.fileno(),
+                             warn_on_full_buffer=False)
+
+    def stop(self, name: str) -> None:
+        self.notifier.tell("STOPPING=1")
+        self.server.stop(name)
+
+    def reload(self) -> None:
+        """Take up the config anew: all of it or, if it is bad, nothing."""
+        self.notifier.tell("RELOADING=1",
+                           f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            config = self.reader(self.path(self.config.path),
+                                 old=self.config).read()
+            if config.log.to not in ("stderr", "syslog"):
+                config.log.to = self.path(config.log.to)
+            site = Site(config, self.log)
+            self.log.open(config.log)
+        except Exception as error:      # whatever it is, the old one serves
+            text = (reason(error) if isinstance(error, OSError)
+                    else str(error) or repr(error))
+            for line in text.splitlines():
+                self.log.event("warning", "reload-failed", reason=line)
+        else:
+            config.path = self.config.path
+            self.tell_what_stays(config)
+            fit_max_clients(config, self.log)
+            self.server.change_site(site)
+            self.config = config
+            self.log.event("notice", "reloaded", config=config.path)
+        self.notifier.tell("READY=1")
+
+    def tell_what_stays(self, config: Any) -> None:
+        """Log what a reload would have to change, but cannot."""
+        for row in SETTINGS:
+            key = row.section, row.name
+            if (row.section == "daemon" or row.name == "listen") and (
+                    config.texts[key] != self.config.texts[key]):
+                self.log.event("warning", "not-reloaded", setting=row.name,
+                               reason="only a restart can change it")
+                config.texts[key] = self.config.texts[key]
+
+    def log_counters(self) -> None:
+        server = self.server
+        self.log.event(
+            "notice", "counters",
+            seconds=int(time.monotonic() - server.started),
+            queries=sum(server.outcomes.values()), clients=server.crowd(),
+            lookups=server.lookups, **server.outcomes)
 
 
 # ---- Command line ---------------------------------------------------------
+
+BUNDLE_MAIN = "import fingerd, sys\nsys.exit(fingerd.main())\n"
+COMMANDS = {
+    "check": "check the config: status 0 if good, 2 if not",
+    "status": "tell whether the daemon of the pidfile runs: 0 yes, 3 no",
+    "stop": "stop it, and wait until it has ended",
+    "reload": "have it take up its config anew",
+    "inetd": "serve the one connection on standard input",
+    "version": "print the version, and end",
+    "help": "print this and all settings, and end",
+}
+
 
 class Parser(argparse.ArgumentParser):
     """Leaves messages and the exit to main."""
@@ -1789,16 +2543,20 @@ def make_parser() -> Parser:
         if row.flags:
             parser.add_argument(*row.flags, dest=row.name, metavar="VALUE",
                                 help=f"{row.name} of [{row.section}]")
-    parser.add_argument("--check", action="store_true",
-                        help="check the config: status 0 if good, 2 if not")
+    for flags, name, value in (
+            (("-d", "--daemon"), "daemonize", "yes"),
+            (("-n", "--nodaemon"), "daemonize", "no"),
+            (("--syslog",), "to", "syslog")):
+        parser.add_argument(*flags, dest=name, action="store_const",
+                            const=value, help=f"{name} = {value}")
+    for name, does in COMMANDS.items():
+        parser.add_argument("--" + name, action="store_true", help=does)
     parser.add_argument("--query", metavar="LINE",
                         help="print what a client would get, and end")
     parser.add_argument("--from", metavar="ADDRESS", dest="client",
                         help="for --query: the client's address")
-    parser.add_argument("--version", action="store_true",
-                        help="print the version, and end")
-    parser.add_argument("--help", action="store_true",
-                        help="print this and all settings, and end")
+    parser.add_argument("--bundle", metavar="FILE",
+                        help="write one program that has every backend")
     return parser
 
 
@@ -1823,8 +2581,10 @@ def settings_text() -> str:
 
 def find_config(path: str | None) -> str:
     """Give the path of the config: the one named, or one that is there."""
-    for known in (path,) if path else CONFIG_FILES:
-        if path or os.path.exists(known):
+    if path is not None:
+        return path
+    for known in CONFIG_FILES:
+        if os.path.exists(known):
             return known
     raise ConfigError(f"there is no {' and no '.join(CONFIG_FILES)}; copy"
                       " fingerd.conf.example to one of them, or name a file"
@@ -1849,24 +2609,137 @@ def print_reply(config: Any, log: Log, line: str, client: str) -> int:
     return 1 if reply.outcome == "failed" else 0
 
 
+def control(args: argparse.Namespace, config: Any) -> int:
+    """Act on the running daemon; give the exit status."""
+    if not config.daemon.pidfile:
+        raise ConfigError("there is no pidfile to know the daemon by; set"
+                          " pidfile in [daemon], or give --pidfile")
+    path = os.path.abspath(config.daemon.pidfile)
+    pid = running_pid(path)
+    if not pid:
+        say(b"fingerd is not running\n")
+        return 3 if args.status else 1 if args.reload else 0
+    if args.status:
+        say(f"fingerd is running, pid {pid}\n".encode())
+        return 0
+    try:
+        os.kill(pid, signal.SIGTERM if args.stop else signal.SIGHUP)
+    except OSError as error:
+        raise StartError(f"cannot signal pid {pid}:"
+                         f" {reason(error)}") from None
+    if args.stop:
+        wait_for_end(path, pid, config.limits.timeout + STOP_PATIENCE)
+    return 0
+
+
+def wait_for_end(path: str, pid: int, patience: float) -> None:
+    """Wait until nobody, or another, holds the pidfile; or StartError."""
+    until = time.monotonic() + patience
+    while running_pid(path) == pid:
+        if time.monotonic() > until:
+            raise StartError(f"pid {pid} has not ended in {patience:.0f}"
+                             " seconds")
+        time.sleep(0.02)
+
+
+def take_inetd_socket() -> socket.socket:
+    """Take the connection from standard input, where inetd puts it.
+
+    It is stdout and stderr, too, and nothing else may be written to it.
+    """
+    try:
+        sock = socket.socket(fileno=os.dup(0))
+        sock.getpeername()
+    except OSError as error:
+        raise StartError("--inetd: standard input is no connection:"
+                         f" {reason(error)}; have inetd start it") from None
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        if stat.S_ISSOCK(os.fstat(fd).st_mode):
+            os.dup2(null, fd)
+    os.close(null)
+    return sock
+
+
+def refuse_for_inetd(sock: socket.socket, error: Exception) -> None:
+    """Tell the client that we fail, and syslog why: there is no terminal."""
+    import syslog
+    with contextlib.suppress(OSError), sock:
+        sock.settimeout(GRACE)
+        sock.sendall(FIXED["failed"].data)
+        sock.shutdown(socket.SHUT_WR)
+        while sock.recv(4096):      # a close with bytes unread is a reset
+            pass
+    syslog.openlog("fingerd", syslog.LOG_PID, syslog.LOG_DAEMON)
+    for line in str(error).splitlines():
+        syslog.syslog(syslog.LOG_ERR, UNSAFE.sub(show_unsafe, line))
+
+
+def write_bundle(path: str) -> None:
+    """Write a zipapp of both files, which anybody may run."""
+    import importlib.util
+    import zipfile
+    try:
+        load_backends()
+    except ValueError as error:
+        raise ConfigError(f"--bundle: {error}") from None
+    try:
+        with open(path, "wb") as file:
+            file.write(b"#!/usr/bin/env python3\n")
+            with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as bundle:
+                for name in ("fingerd", "fingerd_backends"):
+                    spec: Any = importlib.util.find_spec(name)
+                    bundle.writestr(f"{name}.py",
+                                    spec.loader.get_source(name))
+                bundle.writestr("__main__.py", BUNDLE_MAIN)
+        os.chmod(path, 0o755)
+    except OSError as error:
+        raise StartError(f"cannot write the bundle: {reason(error)}"
+                         ) from None
+
+
 def run(args: argparse.Namespace, log: Log) -> int:
     """Do what the options say; give the exit status."""
+    if args.client is not None and args.query is None:
+        raise ConfigError("--from: goes with --query only")
+    if args.bundle:
+        write_bundle(args.bundle)
+        return 0
+    if not args.inetd:
+        return run_config(args, log)
+    sock = take_inetd_socket()
+    try:
+        return run_config(args, log, sock)
+    except (ConfigError, StartError) as error:
+        refuse_for_inetd(sock, error)
+        raise
+
+
+def run_config(args: argparse.Namespace, log: Log,
+               sock: socket.socket | None = None) -> int:
+    """Read the config, and do what needs it; give the exit status."""
     def report(backend: str, text: str) -> None:
         log.event("warning", "backend", name=backend, text=text)
 
-    if args.client is not None and args.query is None:
-        raise ConfigError("--from: goes with --query only")
     overrides = {row.name: getattr(args, row.name) for row in SETTINGS
-                 if row.flags and getattr(args, row.name) is not None}
+                 if getattr(args, row.name, None) is not None}
     path = find_config(args.config)
-    config = ConfigReader(path, report, overrides).read()
+    reader = functools.partial(ConfigReader, report=report,
+                               overrides=overrides)
+    config = reader(path).read()
     if args.check:
         say(to_wire(f"{path} is good").replace(b"\r", b""))
         return 0
+    if args.status or args.stop or args.reload:
+        return control(args, config)
     if args.query is not None:
         return print_reply(config, log, args.query,
                            args.client or "127.0.0.1")
-    serve(config, log)
+    daemon = Daemon(config, log, reader)
+    if sock:
+        daemon.run_inetd(sock)
+    else:
+        daemon.run()
     return 0
 
 
@@ -1919,6 +2792,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except StartError as error:
         complain(str(error))
+        return 1
+    except OSError as error:        # as when there are no descriptors
+        complain(f"cannot go on: {reason(error)}")
         return 1
     except KeyboardInterrupt:       # before there is anything to end cleanly
         return 1

@@ -12,6 +12,7 @@ import codecs
 import contextlib
 import functools
 import glob
+import grp
 import gzip
 import http.server
 import importlib.util
@@ -21,6 +22,7 @@ import math
 import os
 import pathlib
 import platform
+import pwd
 import random
 import re
 import resource
@@ -239,6 +241,25 @@ def run_fingerd(*args, cwd=None):
                           stdin=subprocess.DEVNULL, capture_output=True,
                           timeout=HANG)
     return done.returncode, done.stdout, done.stderr
+
+
+def call_fingerd(*args):
+    """Run main() in this process, for speed: status, stdout and stderr."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        saved = os.dup(1), os.dup(2)
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        try:
+            status = fingerd.main(list(args))
+        finally:
+            for fd, copy in enumerate(saved, 1):
+                os.dup2(copy, fd)
+                os.close(copy)
+        said = []
+        for file in (out, err):
+            file.seek(0)
+            said.append(file.read().decode().replace("\r\n", "\n"))
+    return (status, *said)
 
 
 @contextlib.contextmanager
@@ -565,10 +586,12 @@ nonsense
 """), [
             "FILE:2: stray: stands in no section; write its [section] above"
             " it",
-            "FILE:5: indented line outside a text value; write it without"
-            " spaces in front",
+            'FILE:4: listen: "nowhere" is not host:port or [v6 address]:port;'
+            ' write e.g. listen = localhost:1079',
+            "FILE:5: listen: indented line outside a text value; write it"
+            " without spaces in front",
             'FILE:6: user_list: "perhaps" is neither yes nor no; write e.g.'
-            ' user_list = yes',
+            ' user_list = no',
             "FILE:7: bakend: no such setting of [server]; did you mean"
             " backend?",
             'FILE:9: timeout: "ten" is not a number of seconds; write e.g.'
@@ -583,7 +606,7 @@ nonsense
             "FILE:15: [server]: stands on line 3 already; make them one",
             "FILE:16: [serve]: no such section; did you mean [server]?",
             'FILE:17: "[broken" is no section; write [name]',
-            "12 errors in FILE, not started"])
+            "13 errors in FILE, not started"])
 
     def test_tells_one_error(self):
         self.assertEqual(
@@ -595,12 +618,35 @@ nonsense
         self.assertEqual(
             self.errors("", {"listen": "here"}),
             ['--listen: "here" is not host:port or [v6 address]:port; write'
-             ' e.g. --listen localhost:1079', "1 error in FILE, not started"])
+             ' e.g. --listen localhost:1079',
+             "1 error on the command line, not started"])
 
     def test_rejects_unknown_backends(self):
         self.assertEqual(
             self.errors("[server]\nbackend = user\n")[0],
             'FILE:2: backend: "user" is no backend; did you mean users?')
+
+    def test_rejects_names_of_backends_that_a_log_could_not_hold(self):
+        for name in ("finger:st\u00e4ff", 'web:"x', "web:", "Web"):
+            self.assertEqual(
+                self.errors(f"[server]\nbackend = {name}\n")[0],
+                f'FILE:2: backend: "{name}" is no name of a backend; write'
+                " e.g. web or web:2")
+
+    def test_checks_what_stands_in_a_section_that_is_there_twice(self):
+        self.assertEqual(
+            self.errors("[limits]\ntimeout = 1\n[limits]\ntimeout = x\n"
+                        "max_query = 1\n"),
+            ["FILE:3: [limits]: stands on line 1 already; make them one",
+             "FILE:4: timeout: stands on line 2 already; keep one of the two",
+             'FILE:5: max_query: "1" is not between 16 and a milliard bytes;'
+             ' write e.g. max_query = 512',
+             "3 errors in FILE, not started"])
+
+    def test_a_last_dot_of_a_host_does_not_count(self):
+        for kind in ("hosts", "next hops"):
+            self.assertEqual(list(fingerd.KINDS[kind].convert("Example.org.")),
+                             ["example.org"])
 
     def test_rejects_a_setting_in_the_default_section_of_configparser(self):
         self.assertEqual(self.errors("[DEFAULT]\ntimeout = 1\n")[0][:20],
@@ -619,13 +665,17 @@ nonsense
     def test_rejects_users_that_nobody_can_ask_for(self):
         self.assertEqual(
             self.errors("[users]\nal ice = x\nal@ice = x\nalice = 1\n"
-                        "Alice = 2\n"),
+                        "Alice = 2\n/W = 3\na\x1bb = 4\n"),
             ["FILE:2: al ice: nobody can ask for it; write a name without"
              " spaces and @",
              "FILE:3: al@ice: nobody can ask for it; write a name without"
              " spaces and @",
              "FILE:5: Alice: stands on line 4 already; keep one of the two",
-             "3 errors in FILE, not started"])
+             "FILE:6: /W: nobody can ask for it; write a name without"
+             " spaces and @",
+             "FILE:7: a\x1bb: nobody can ask for it; write a name without"
+             " spaces and @",
+             "5 errors in FILE, not started"])
 
     def test_keeps_the_lines_of_texts(self):
         config = read_config("\ufeff[users]\r\na = one\r\n"
@@ -650,8 +700,8 @@ nonsense
 
     def test_says_when_a_file_is_not_utf_8(self):
         self.assertEqual(self.errors(b"[users]\na = \xe9\n"),
-                         ["FILE is not UTF-8; convert it, e.g. with iconv -f"
-                          " latin1 -t utf-8"])
+                         ["FILE:2: is not UTF-8; convert the file, e.g. with"
+                          " iconv -f latin1 -t utf-8"])
 
     def test_raises_nothing_but_config_error_on_noise(self):
         seeded = random.Random(1288)
@@ -765,7 +815,8 @@ class LogTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as directory:
             path = os.path.join(directory, "log")
             log = fingerd.Log()
-            values = {"to": path, "format": "text", "level": "info"}
+            values = {"to": path, "format": "text", "level": "info",
+                      "prefix": "fingerd"}
             log.open(fingerd.types.SimpleNamespace(**{**values, **settings}))
             write(log)
             log.close()
@@ -841,7 +892,7 @@ class LogTest(unittest.TestCase):
         def write(log):
             bad = fingerd.types.SimpleNamespace(
                 to=os.path.join(os.sep, "no", "such", "log"), format="text",
-                level="error")
+                level="error", prefix="fingerd")
             with self.assertRaises(OSError):
                 log.open(bad)
             log.event("info", "still")
@@ -898,14 +949,18 @@ class AnswerTest(unittest.TestCase):
                     ([b"x" * 513 + b"\n"], b"Query too long\r\n"),
                     ([b"x" * 200, b"x" * 200, b"x" * 200],
                      b"Query too long\r\n"),
-                    ([b"moshez " * 100 + b"\r\n"], b"Query too long\r\n")]:
+                    ([b"moshez " * 100 + b"\r\n"], b"Query too long\r\n"),
+                    ([b"mo" + b"\xff\xfd\x03" * 200 + b"shez\r\n"],
+                     b"Query too long\r\n"),
+                    ([b"\xff\xfd\x03" * 200 + b"moshez\r\n"],
+                     b"Query too long\r\n")]:
                 with self.subTest(segments=segments):
                     self.assertEqual(server.ask(*segments), reply)
 
     def test_answers_a_line_that_ends_with_the_file(self):
         with serving() as server:
             for line, reply in [(b"moshez", HAPPY), (b"moshez\r", HAPPY),
-                                (b"", b"")]:
+                                (b"mo\xff\xfd\nshez", HAPPY), (b"", b"")]:
                 with connect(server.address) as sock:
                     sock.sendall(line)
                     sock.shutdown(socket.SHUT_WR)
@@ -971,6 +1026,11 @@ class AnswerTest(unittest.TestCase):
             self.assertRegex(reply, rb"^line 0\r\nline 1\r\n(line \d+\r\n)*"
                                     rb"\[truncated\]\r\n$")
             self.assertLessEqual(len(server.ask(b"long long long\r\n")), 100)
+        with serving("[limits]\nmax_reply = 16\n" + USERS) as server:
+            self.assertEqual(server.ask(b"bob\r\n"), UNKNOWN)
+            self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+            self.assertEqual(server.ask(b"alice\r\n"),
+                             b"L\r\n[truncated]\r\n")
 
     def test_knows_its_configured_names_instead_of_the_systems(self):
         with serving("[server]\nhostname = Finger.example.org\n"
@@ -1207,6 +1267,16 @@ class ForwardTest(unittest.TestCase):
             self.assertTrue(reply.endswith(expected))
             self.assertLess(len(parts), 250)
 
+    def test_goes_round_in_no_circle(self):
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        with serving(f"[server]\nforward = 127.1:{port}\n" + USERS,
+                     listen=f"127.0.0.1:{port}") as server:
+            self.assertEqual(server.ask(b"moshez@127.1\r\n"), FAILED)
+            server.wait_log("the next hop is this server itself")
+            self.assertEqual(server.ask(b"moshez" + b"@127.1" * 5 + b"\r\n"),
+                             b"Finger forwarding service denied\r\n")
+
     def test_gives_up_on_a_next_hop_that_hangs_or_is_away(self):
         reply, log = self.ask_hop(b"some", "timeout = 0.2", close=False)
         self.assertEqual(reply, FAILED)
@@ -1323,6 +1393,38 @@ class LimitsTest(unittest.TestCase):
             self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
             socks.pop().close()
 
+    def test_who_is_refused_takes_no_place_from_others(self):
+        with serving("[limits]\nmax_clients = 20\nmax_clients_per_host = 5\n"
+                     + USERS) as server, contextlib.ExitStack() as stack:
+            for _ in range(60):     # and none of them closes
+                stack.enter_context(connect(server.address))
+            other = stack.enter_context(socket.socket())
+            other.settimeout(HANG)
+            try:
+                other.bind(("127.0.0.2", 0))
+            except OSError:
+                self.skipTest("this system has no 127.0.0.2")
+            start = time.monotonic()
+            other.connect(server.address)
+            other.sendall(b"moshez\r\n")
+            self.assertEqual(read_all(other), HAPPY)
+            self.assertLess(time.monotonic() - start, 2)
+
+    def test_is_quick_and_quiet_with_room_for_one(self):
+        with serving("[limits]\nmax_clients = 1\n" + USERS) as server:
+            start = time.monotonic()
+            for _ in range(40):
+                self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+            self.assertLess(time.monotonic() - start, 1)
+            self.assertLessEqual(
+                len([line for line in server.log() if "full" in line]), 1)
+
+    def test_a_timeout_of_a_year_is_no_trouble(self):
+        with serving("[limits]\ntimeout = 31622400\n" + USERS) as server, \
+                connect(server.address):
+            wait_until(lambda: server.server.clients["reading"], "the state")
+            self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+
     def test_one_address_can_ask_only_so_often(self):
         with serving("[limits]\nqueries_per_minute = 3\n" + USERS) as server:
             for _ in range(3):
@@ -1381,27 +1483,74 @@ class ProcessTest(unittest.TestCase):
                 self.assertEqual(program.stop(number), 0)
                 program.wait_line(f"^fingerd: stopped signal={number.name}"
                                   r" queries=1 seconds=\d+$")
-                self.assertRegex(program.lines[0],
-                                 r"^fingerd: ready listen=127\.0\.0\.1:\d+"
-                                 rf" backend=users pid={program.pid}$")
+                program.wait_line(r"^fingerd: ready listen=127\.0\.0\.1:\d+"
+                                  r" backend=users (user=nobody )?"
+                                  rf"pid={program.pid}$")
 
     def test_serves_those_at_hand_before_it_ends(self):
         with tempfile.TemporaryDirectory() as directory:
             gate = os.path.join(directory, "gate")
             os.mkfifo(gate)
+            os.chmod(directory, 0o755)      # root becomes nobody
             text = ("[server]\nbackend = users finger\n[finger]\ncommand ="
                     f" /bin/sh -c 'read x < {gate}; echo $x'\n" + USERS)
             with daemon(text) as program, connect(
                     program.address) as slow, connect(
                     program.address) as silent:
                 slow.sendall(b"bob\r\n")
-                with open(gate, "w") as writer:  # opens once it is read
+                with open(gate, "r+b", 0) as writer:    # waits for nobody
                     program.process.send_signal(signal.SIGTERM)
                     wait_until(lambda: refused(program.address), "the end")
-                    writer.write("late but whole\n")
+                    writer.write(b"late but whole\n")
                 self.assertEqual(read_all(slow), b"late but whole\r\n")
                 self.assertEqual(program.process.wait(HANG), 0)
                 self.assertEqual(read_all(silent), b"Query timed out\r\n")
+
+    def test_many_signals_at_the_end_are_no_trouble(self):
+        with daemon() as program:
+            self.assertEqual(program.address[0], "127.0.0.1")
+            deadline = time.monotonic() + HANG
+            while program.process.poll() is None:
+                program.process.send_signal(signal.SIGTERM)
+                self.assertLess(time.monotonic(), deadline)
+            self.assertEqual(program.process.returncode, 0)
+            program.reader.join(HANG)
+            self.assertNotIn("Exception", "".join(program.lines))
+
+    def test_a_log_that_nobody_reads_holds_nobody_up(self):
+        with config_file(USERS) as path, subprocess.Popen(
+                fingerd_command("--config", path, "--listen", "127.0.0.1:0"),
+                stderr=subprocess.PIPE) as process:
+            line = b""
+            while b"ready" not in line:
+                line = process.stderr.readline()
+            port = int(re.search(rb"listen=127\.0\.0\.1:(\d+)", line)[1])
+            for _ in range(300):        # 180 kB: more than a pipe holds
+                self.assertEqual(ask(("127.0.0.1", port),
+                                     b"x" * 500 + b"\r\n"), UNKNOWN)
+            process.terminate()
+            self.assertEqual(process.wait(HANG), 0)
+
+    def test_will_not_wait_for_a_reader_of_its_log(self):
+        with config_file(USERS) as path:
+            fifo = os.path.join(os.path.dirname(path), "fifo")
+            os.mkfifo(fifo)
+            status, out, err = run_fingerd(
+                "--config", path, "--listen", "127.0.0.1:0", "-l", fifo)
+            self.assertEqual((status, out), (1, ""))
+            self.assertIn("cannot open the log: no such device", err)
+
+    def test_listens_once_on_an_address_that_two_names_have(self):
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        with config_file(USERS) as path, subprocess.Popen(
+                fingerd_command("--config", path, "--listen",
+                                f"127.0.0.1:{port} localhost:{port}"),
+                stderr=subprocess.PIPE, text=True) as process:
+            program = Daemon(process)
+            self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+            self.assertEqual(program.stop(), 0)
+            program.reader.join(HANG)
 
     def test_answers_those_that_it_had_not_accepted_when_it_ends(self):
         with daemon() as program:
@@ -1445,7 +1594,10 @@ class ProcessTest(unittest.TestCase):
 
     @unittest.skipUnless(hasattr(resource, "prlimit"), "no prlimit(2) here")
     def test_pauses_when_descriptors_are_out_and_goes_on_after(self):
-        with daemon() as program, contextlib.ExitStack() as stack:
+        # Not as nobody: then we may not change its limits.
+        args = [] if os.geteuid() else ["--user", "root"]
+        with daemon(USERS, *args) as program, \
+                contextlib.ExitStack() as stack:
             address = program.address
             used = len(os.listdir(f"/proc/{program.pid}/fd"))
             resource.prlimit(program.pid, resource.RLIMIT_NOFILE,
@@ -1470,15 +1622,16 @@ class ProcessTest(unittest.TestCase):
     def test_lowers_max_clients_to_what_the_system_allows(self):
         def limit():
             resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
-        with daemon("[limits]\nmax_threads = 2\n" + USERS,
-                    preexec_fn=limit) as program:
+        text = ("[server]\nbackend = users finger\n[finger]\n"
+                "command = /bin/echo\n[limits]\nmax_threads = 2\n" + USERS)
+        with daemon(text, preexec_fn=limit) as program:
             program.wait_line("limits max_clients=260 descriptors=300"
                               " configured=10000")
             self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
 
     def test_lowers_max_clients_for_good(self):
         def limit():
-            resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (36, 36))
         with daemon("[limits]\nmax_threads = 1\n" + USERS,
                     preexec_fn=limit) as program, \
                 contextlib.ExitStack() as stack:
@@ -1500,6 +1653,7 @@ class ProcessTest(unittest.TestCase):
                 USERS) as path:
             port = busy.getsockname()[1]
             for address, message in [
+                    ("a..b:79", "that is no name of a host"),
                     (f"127.0.0.1:{port}", "address already in use; stop the"
                      " program that is there, or use another port"),
                     ("192.0.2.1:0", "cannot assign requested address")]:
@@ -1529,15 +1683,17 @@ class ProcessTest(unittest.TestCase):
             text = "[log]\nformat = json\n" + USERS
             with daemon(text, "--logfile", path) as program:
                 wait_until(lambda: os.path.exists(path)
-                           and os.path.getsize(path), "ready")
+                           and "ready" in pathlib.Path(path).read_text(),
+                           "ready")
                 with open(path) as file:
-                    host, port = json.loads(file.readline())[
+                    host, port = json.loads(file.readlines()[-1])[
                         "listen"].split(":")
                 self.assertEqual(ask((host, int(port)), b"moshez\r\n"), HAPPY)
                 self.assertEqual(program.stop(), 0)
             with open(path) as file:
                 events = [json.loads(line) for line in file]
-            self.assertEqual([event["event"] for event in events],
+            self.assertEqual([event["event"] for event in events
+                              if event["event"] != "user"],
                              ["ready", "query", "stopped"])
             self.assertEqual(program.lines, [])
 
@@ -1548,6 +1704,784 @@ class ProcessTest(unittest.TestCase):
             capture_output=True, timeout=HANG)
         self.assertEqual((done.returncode, done.stdout, done.stderr),
                          (0, b"", b""))
+
+
+def needs(program):
+    """Skip a test where a client is not installed."""
+    return unittest.skipUnless(shutil.which(program),
+                               f"{program} is not installed")
+
+
+class Background:
+    """A daemon that has gone into the background, by its pidfile and log."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.config = os.path.join(directory, "fingerd.conf")
+        self.pidfile = os.path.join(directory, "pid")
+        self.log_path = os.path.join(directory, "log")
+
+    def run(self, *args):
+        """Run a command about it; give status, stdout and stderr."""
+        return call_fingerd("--config", self.config, "--pidfile",
+                            self.pidfile, *args)
+
+    def start(self, *args, log=None):
+        """Start it; give status, stdout and stderr of the launcher."""
+        return run_fingerd("--config", self.config, "--pidfile", self.pidfile,
+                           "--daemon", "--listen", "127.0.0.1:0", "--logfile",
+                           log or self.log_path, *args)
+
+    @property
+    def pid(self):
+        return int(pathlib.Path(self.pidfile).read_text())
+
+    def log(self):
+        return pathlib.Path(self.log_path).read_text("ascii").splitlines()
+
+    def wait_log(self, pattern, times=1):
+        wait_until(lambda: sum(bool(re.search(pattern, line))
+                               for line in self.log()) >= times, pattern)
+        return [line for line in self.log() if re.search(pattern, line)][-1]
+
+    @property
+    def address(self):
+        ready = [line for line in self.log() if " ready " in line][-1]
+        host, port = re.search(r"listen=([\d.]+):(\d+)", ready).groups()
+        return host, int(port)
+
+    def write(self, text):
+        pathlib.Path(self.config).write_text(text)
+
+    def status(self, key):
+        """Give the words of a line of /proc/PID/status."""
+        text = pathlib.Path(f"/proc/{self.pid}/status").read_text()
+        return re.search(rf"(?m)^{key}:\s*(.*)$", text)[1].split()
+
+
+@contextlib.contextmanager
+def background(text=USERS, *args, start=True):
+    """Start a daemon in the background; it must be gone at the end."""
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)      # for the user that it becomes
+        program = Background(directory)
+        program.write(text)
+        try:
+            if start:
+                result = program.start(*args)
+                if result != (0, "", ""):
+                    raise AssertionError(result)
+            yield program
+            status, out, err = program.run("--stop")
+            if status or err:
+                raise AssertionError((status, out, err))
+        finally:
+            with contextlib.suppress(OSError, ValueError):
+                os.kill(program.pid, signal.SIGKILL)
+
+
+def needs_root(test):
+    """Skip a test of what only root can do."""
+    return unittest.skipUnless(os.geteuid() == 0, "needs root")(test)
+
+
+def needs_proc(test):
+    """Skip a test that looks at the process from outside."""
+    return unittest.skipUnless(os.path.exists("/proc/self/status"),
+                               "no /proc here")(test)
+
+
+class BackgroundTest(unittest.TestCase):
+    """The daemon in the background, its pidfile, and commands about it."""
+
+    def test_the_launcher_returns_when_it_serves(self):
+        with background() as program:
+            self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+            self.assertRegex(program.log()[-2 if os.geteuid() else -1],
+                             "ready|query")
+            self.assertIn(f" pid={program.pid}", program.wait_log("ready"))
+            self.assertEqual(os.stat(program.pidfile).st_mode & 0o777, 0o644)
+            self.assertEqual(os.stat(program.log_path).st_mode & 0o777, 0o640)
+
+    @needs_proc
+    def test_it_has_left_its_launcher_behind(self):
+        with background() as program:
+            pid = program.pid
+            fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(
+                ")")[2].split()
+            session, terminal = int(fields[3]), int(fields[4])
+            self.assertNotIn(session, (pid, os.getsid(0)))
+            self.assertEqual(terminal, 0)
+            self.assertEqual(program.status("Umask"), ["0027"])
+            if os.access(f"/proc/{pid}/cwd", os.R_OK):
+                self.assertEqual(os.readlink(f"/proc/{pid}/cwd"), "/")
+                for fd in range(3):
+                    self.assertEqual(os.readlink(f"/proc/{pid}/fd/{fd}"),
+                                     os.devnull)
+
+    def test_runs_in_the_rundir_with_the_umask_that_are_wanted(self):
+        text = ("[server]\nbackend = users finger\n[finger]\ncommand ="
+                " /bin/sh -c 'pwd; umask; exit 0'\n" + USERS)
+        with tempfile.TemporaryDirectory() as rundir:
+            os.chmod(rundir, 0o755)
+            with background(text, "--rundir", rundir, "--umask",
+                            "077") as program:
+                self.assertEqual(
+                    ask(program.address, b"x\r\n").decode().split(),
+                    [os.path.realpath(rundir), "0077"])
+                self.assertEqual(os.stat(program.log_path).st_mode & 0o777,
+                                 0o600)
+
+    def test_errors_reach_the_terminal_before_the_launcher_returns(self):
+        with background(start=False) as program, socket.create_server(
+                ("127.0.0.1", 0)) as busy:
+            port = busy.getsockname()[1]
+            missing = os.path.join(program.directory, "no", "such")
+            for args, status, message in [
+                    (["--listen", f"127.0.0.1:{port}"], 1,
+                     f"cannot listen on 127.0.0.1:{port}: address already in"
+                     " use; stop the program that is there, or use another"
+                     " port"),
+                    (["--pidfile", missing], 1, "cannot lock the pidfile: no"
+                     f" such file or directory: {missing}"),
+                    (["--logfile", missing], 1, "cannot open the log: no such"
+                     f" file or directory: {missing}"),
+                    (["--rundir", missing], 1, "cannot enter chroot or"
+                     f" rundir: no such file or directory: {missing}"),
+                    (["--user", "no-such-user"], 2, '--uid: "no-such-user" is'
+                     " no user of this system; write e.g. --uid root"),
+                    (["--gid", "no-such-group"], 2, '--gid: "no-such-group"'
+                     " is no group of this system; write e.g. --gid 0"),
+                    (["--umask", "9"], 2, '--umask: "9" is not an octal mask;'
+                     " write e.g. --umask 027"),
+                    (["--chroot", "x"], 2, '--chroot: "x" is not an absolute'
+                     " path; write e.g. --chroot /var/empty")]:
+                with self.subTest(args=args):
+                    result = program.start(*args)
+                    self.assertEqual(result[:2], (status, ""))
+                    lines = result[2].splitlines()
+                    self.assertEqual(lines[0], f"fingerd: {message}")
+                    self.assertEqual(len(lines), status)
+            self.assertEqual(program.run("--status")[0], 3)
+
+    def test_says_that_syslog_is_absent(self):
+        with background(start=False) as program:
+            program.write(f"[log]\nsyslog_address = {program.directory}/x\n")
+            self.assertEqual(
+                program.start("--syslog"),
+                (1, "", "fingerd: cannot reach syslog at"
+                        f" {program.directory}/x: no such file or"
+                        " directory\n"))
+
+    def test_warns_that_the_log_on_stderr_is_lost(self):
+        with background(start=False) as program:
+            status, _, err = program.start(log="stderr")
+            self.assertEqual(status, 0)
+            self.assertIn("fingerd: the log will be lost: it goes to stderr,"
+                          " and there is none in the background; write to ="
+                          " syslog, or a file\n", err)
+
+    def test_only_one_can_run(self):
+        with background() as program:
+            self.assertEqual(
+                program.start(),
+                (1, "", f"fingerd: already running, pid {program.pid}"
+                        f" ({program.pidfile} is locked)\n"))
+            self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+
+    def test_of_several_starts_at_the_same_moment_exactly_one_wins(self):
+        with background(start=False) as program:
+            results = in_threads([program.start] * 6)
+            self.assertEqual(sorted(status for status, _, _ in results),
+                             [0, 1, 1, 1, 1, 1])
+            self.assertEqual(program.run("--status"), (
+                0, f"fingerd is running, pid {program.pid}\n", ""))
+
+    def test_starts_again_after_kill_9(self):
+        with background() as program:
+            first = program.pid
+            os.kill(first, signal.SIGKILL)
+            wait_until(lambda: program.run("--status")[0] == 3, "its end")
+            self.assertEqual(program.start(), (0, "", ""))
+            self.assertNotEqual(program.pid, first)
+
+    def test_believes_the_lock_and_not_the_number(self):
+        with background(start=False) as program:
+            pathlib.Path(program.pidfile).write_text(f"{os.getpid()}\n")
+            self.assertEqual(program.run("--status"),
+                             (3, "fingerd is not running\n", ""))
+            self.assertEqual(program.run("--stop"),     # and we still live
+                             (0, "fingerd is not running\n", ""))
+            self.assertEqual(program.run("--reload"),
+                             (1, "fingerd is not running\n", ""))
+            self.assertEqual(program.start(), (0, "", ""))
+
+    def test_stop_waits_until_it_is_gone(self):
+        with background() as program:
+            pid, address = program.pid, program.address
+            with connect(address) as sock:
+                sock.sendall(b"mos")        # takes it a second to give up
+                self.assertEqual(program.run("--stop"), (0, "", ""))
+                self.assertEqual(read_all(sock), b"Query timed out\r\n")
+            self.assertTrue(refused(address))
+            if os.geteuid():
+                self.assertFalse(os.path.exists(program.pidfile))
+            self.assertRegex(program.log()[-1], "stopped signal=SIGTERM")
+            self.assertNotEqual(pid, 0)
+
+    def test_commands_need_a_pidfile(self):
+        for command in ("--status", "--stop", "--reload"):
+            self.assertEqual(
+                call_fingerd("--config", str(EXAMPLE), command),
+                (2, "", "fingerd: there is no pidfile to know the daemon by;"
+                        " set pidfile in [daemon], or give --pidfile\n"))
+
+    def test_will_not_follow_a_link_for_a_pidfile(self):
+        with background(start=False) as program:
+            victim = os.path.join(program.directory, "victim")
+            pathlib.Path(victim).write_text("precious")
+            os.symlink(victim, program.pidfile)
+            self.assertEqual(program.start()[0], 1)
+            self.assertEqual(pathlib.Path(victim).read_text(), "precious")
+            os.unlink(program.pidfile)
+
+
+class ReloadTest(unittest.TestCase):
+    def test_takes_up_users_limits_policy_and_log(self):
+        with background("[users]\na = old\n") as program:
+            self.assertEqual(ask(program.address, b"a\r\n"), b"old\r\n")
+            program.write("[users]\na = new\n[limits]\nmax_query = 20\n"
+                          "[server]\nuser_list = yes\n[log]\nformat = json\n")
+            self.assertEqual(program.run("--reload"), (0, "", ""))
+            event = json.loads(program.wait_log("reloaded"))
+            self.assertEqual(event["config"], program.config)
+            address = program.address
+            self.assertEqual(ask(address, b"a\r\n"), b"new\r\n")
+            self.assertEqual(ask(address, b"x" * 21 + b"\r\n"),
+                             b"Query too long\r\n")
+            self.assertEqual(ask(address, b"\r\n"), b"a  new\r\n")
+
+    def test_a_bad_file_keeps_everything_and_says_why(self):
+        with background() as program:
+            program.write("[users]\nmoshez = gone\n[limits]\ntimeout = x\n"
+                          "max_clients = 0\n")
+            os.kill(program.pid, signal.SIGHUP)
+            line = program.wait_log("reload-failed reason=.*2 errors in")
+            self.assertIn("not started", line)
+            self.assertRegex(program.wait_log("fingerd.conf:4: timeout"),
+                             r'reload-failed reason=".*fingerd\.conf:4:'
+                             r' timeout: \\"x\\" is not a number')
+            self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+            program.write(USERS + "[log]\nto = /no/such/log\n")
+            os.unlink(program.config)
+            os.kill(program.pid, signal.SIGHUP)
+            program.wait_log('reason="cannot read the config: no such file')
+            self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+            program.write(USERS)
+
+    def test_says_what_only_a_restart_can_change(self):
+        with background() as program:
+            program.write("[server]\nhostname = x\n[daemon]\nuser = root\n"
+                          "rundir = /\n" + USERS)
+            os.kill(program.pid, signal.SIGHUP)
+            for name in ("user", "rundir"):
+                program.wait_log(f'not-reloaded setting={name}'
+                                 ' reason="only a restart can change it"')
+            program.wait_log("reloaded")
+            self.assertEqual(len([line for line in program.log()
+                                  if "not-reloaded" in line]), 2)
+
+    def test_loses_no_query_in_a_hundred_reloads(self):
+        with background() as program:
+            address, stop, wrong = program.address, threading.Event(), []
+            asked = [0] * 4
+
+            def load(number):
+                while not stop.is_set():
+                    reply = ask(address, b"mos", b"hez\r\n")
+                    asked[number] += 1
+                    if reply not in (HAPPY, b"Other words\r\n"):
+                        wrong.append(reply)
+
+            threads = [threading.Thread(target=load, args=(number,))
+                       for number in range(4)]
+            for thread in threads:
+                thread.start()
+            try:
+                for number in range(100):
+                    program.write(USERS if number % 2 else
+                                  "[users]\nmoshez = Other words\n")
+                    os.kill(program.pid, signal.SIGHUP)
+                    program.wait_log(" reloaded ", number + 1)
+            finally:
+                stop.set()
+                for thread in threads:
+                    thread.join(HANG)
+            self.assertEqual(wrong, [])
+            self.assertGreater(min(asked), 10)
+            program.wait_log("outcome=answered", sum(asked))
+            self.assertEqual(len([line for line in program.log()
+                                  if " query " in line]), sum(asked))
+
+    def test_clients_that_are_here_get_the_new_limits(self):
+        with background("[limits]\ntimeout = 60\n" + USERS) as program:
+            with connect(program.address) as sock:
+                sock.sendall(b"mos")
+                program.write("[limits]\ntimeout = 0.1\n" + USERS)
+                program.run("--reload")
+                self.assertEqual(read_all(sock), b"Query timed out\r\n")
+
+    def test_reopens_a_log_that_was_rotated(self):
+        with background() as program:
+            for how in ("create", "copytruncate"):
+                old = program.log_path + ".1"
+                if how == "create":
+                    os.rename(program.log_path, old)
+                    with open(program.log_path, "w"):
+                        pass
+                    if os.geteuid() == 0:
+                        info = os.stat(old)
+                        os.chown(program.log_path, info.st_uid, info.st_gid)
+                    os.kill(program.pid, signal.SIGHUP)
+                else:
+                    shutil.copy(program.log_path, old)
+                    os.truncate(program.log_path, 0)
+                    os.kill(program.pid, signal.SIGUSR1)
+                program.wait_log(r"^\d{4}-\S+ (reloaded|counters) ")
+                with open(old) as file:
+                    self.assertNotIn("reloaded" if how == "create" else
+                                     "counters", file.read())
+
+    def test_keeps_the_log_when_a_new_one_cannot_be_had(self):
+        with background() as program:
+            os.rename(program.log_path, program.log_path + ".1")
+            os.mkdir(program.log_path)
+            os.kill(program.pid, signal.SIGHUP)
+            wait_until(lambda: "reload-failed" in pathlib.Path(
+                program.log_path + ".1").read_text(), "the line")
+            os.rmdir(program.log_path)
+
+    def test_counts_for_sigusr1(self):
+        with background() as program:
+            for line in (b"moshez", b"moshez", b"bob", b"\0"):
+                ask(program.address, line + b"\r\n")
+            program.wait_log("outcome=malformed")
+            os.kill(program.pid, signal.SIGUSR1)
+            self.assertRegex(
+                program.wait_log("counters"),
+                r"counters seconds=\d+ queries=4 clients=\d lookups=0 "
+                r".*\bunknown=1 .*\bmalformed=1 .*\banswered=2 ")
+
+    def test_the_effective_config_is_logged_at_debug(self):
+        with background("[log]\nlevel = debug\n[limits]\ntimeout = 7\n"
+                        + USERS) as program:
+            log = "\n".join(program.log())
+            for section, name, value in [
+                    ("limits", "timeout", "7"), ("server", "user_list", "no"),
+                    ("server", "listen", "127.0.0.1:0"),
+                    ("daemon", "daemonize", "yes")]:
+                self.assertIn(f"setting section={section} name={name}"
+                              f" value={value}\n", log)
+
+
+class SyslogTest(unittest.TestCase):
+    @contextlib.contextmanager
+    def syslog(self, path):
+        """Be a syslog daemon at a path."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(HANG)
+            sock.bind(path)
+            os.chmod(path, 0o666)
+            yield sock
+        os.unlink(path)
+
+    def receive(self, sock, pattern):
+        """Wait for a message; give its match."""
+        while True:
+            found = re.fullmatch(pattern, sock.recv(65536).decode("ascii"))
+            if found:
+                return found
+
+    def test_writes_to_a_socket_and_survives_a_restart_of_syslog(self):
+        with background(start=False) as program:
+            path = os.path.join(program.directory, "socket")
+            program.write(f"[log]\nsyslog_address = {path}\nfacility = local3"
+                          "\nprefix = who\n" + USERS)
+            with self.syslog(path) as sock:
+                self.assertEqual(program.start(log="syslog"), (0, "", ""))
+                pid, port = program.pid, self.receive(
+                    sock, rf"<157>who\[{program.pid}\]: ready listen="
+                          r"127\.0\.0\.1:(\d+) backend=users .*")[1]
+                address = ("127.0.0.1", int(port))
+                ask(address, b"moshez\r\n")
+                self.receive(sock, rf"<158>who\[{pid}\]: query client=.*")
+            for _ in range(2):      # the second comes when one is lost
+                ask(address, b"lost\r\n")
+            with self.syslog(path) as sock:
+                ask(address, b"moshez\r\n")
+                self.receive(sock, rf"<156>who\[{pid}\]: lost lines=[12]")
+                self.receive(sock, rf"<158>who\[{pid}\]: query client=.*"
+                                   'q="moshez" .*')
+                program.run("--stop")
+                self.receive(sock, rf"<157>who\[{pid}\]: stopped .*")
+
+    def test_writes_to_a_host_over_udp(self):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(HANG)
+            sock.bind(("127.0.0.1", 0))
+            text = (f"[log]\nsyslog_address = localhost:"
+                    f"{sock.getsockname()[1]}\nformat = json\n" + USERS)
+            with background(text, start=False) as program:
+                self.assertEqual(program.start(log="syslog"), (0, "", ""))
+                event = self.receive(
+                    sock, r"<29>fingerd\[\d+\]: (.*\"ready\".*)")[1]
+                self.assertEqual(json.loads(event)["pid"], program.pid)
+
+    def test_a_syslog_that_does_not_keep_up_holds_nobody_up(self):
+        with background(start=False) as program:
+            path = os.path.join(program.directory, "socket")
+            program.write(f"[log]\nsyslog_address = {path}\n" + USERS)
+            with self.syslog(path) as sock:
+                program.start(log="syslog")
+                port = self.receive(sock, r".* listen=\S+:(\d+) .*")[1]
+                for _ in range(400):        # more than its queue holds
+                    self.assertEqual(ask(("127.0.0.1", int(port)),
+                                         b"moshez\r\n"), HAPPY)
+
+    def test_the_prefix_is_on_stderr_too(self):
+        with daemon(USERS, "--prefix", "who") as program:
+            program.wait_line("^who: ready ")
+
+
+class PrivilegesTest(unittest.TestCase):
+    """Root at the start, nobody after, read from the running process."""
+
+    def ids(self, program):
+        return [program.status(key) for key in ("Uid", "Gid", "Groups")]
+
+    @needs_root
+    @needs_proc
+    def test_becomes_nobody_for_good(self):
+        host = f"127.79.{os.getpid() % 250 + 1}.2"
+        nobody = pwd.getpwnam("nobody")
+        with background(start=False) as program:
+            self.assertEqual(program.start("--listen", f"{host}:79"),
+                             (0, "", ""))
+            self.assertEqual(ask((host, 79), b"moshez\r\n"), HAPPY)
+            self.assertEqual(self.ids(program), [
+                [str(nobody.pw_uid)] * 4, [str(nobody.pw_gid)] * 4,
+                [str(nobody.pw_gid)]])
+            for key in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+                self.assertEqual(int(program.status(key)[0], 16), 0)
+            self.assertEqual(program.status("NoNewPrivs"), ["1"])
+            info = os.stat(program.log_path)
+            self.assertEqual((info.st_uid, info.st_gid),
+                             (nobody.pw_uid, nobody.pw_gid))
+            program.wait_log('user name=nobody reason="started as root')
+            program.wait_log("ready .* user=nobody")
+
+    @needs_root
+    @needs_proc
+    def test_takes_the_group_of_a_user_and_numbers_without_an_entry(self):
+        entry = pwd.getpwnam("daemon")
+        for args, uid, gid in [
+                (["--user", "daemon"], entry.pw_uid, entry.pw_gid),
+                (["--uid", str(entry.pw_uid)], entry.pw_uid, entry.pw_gid),
+                (["--user", "daemon", "--group", "nogroup"], entry.pw_uid,
+                 grp.getgrnam("nogroup").gr_gid),
+                (["--uid", "54321", "--gid", "54322"], 54321, 54322),
+                (["--uid", "54321"], 54321, pwd.getpwnam("nobody").pw_gid)]:
+            with self.subTest(args=args), background(USERS, *args) as program:
+                self.assertEqual(self.ids(program), [
+                    [str(uid)] * 4, [str(gid)] * 4, [str(gid)]])
+                self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+
+    @needs_root
+    @needs_proc
+    def test_stays_root_only_when_told_so(self):
+        with background(USERS, "--user", "root") as program:
+            self.assertEqual(program.status("Uid"), ["0"] * 4)
+
+    @needs_root
+    def test_a_pidfile_it_cannot_remove_is_emptied(self):
+        with background() as program:
+            self.assertEqual(program.run("--stop"), (0, "", ""))
+            self.assertEqual(os.path.getsize(program.pidfile), 0)
+            self.assertEqual(program.start(), (0, "", ""))
+
+    def test_only_root_can_become_another(self):
+        namespace = fingerd.types.SimpleNamespace
+        euid = os.geteuid()
+        if euid == 0:
+            os.seteuid(65534)
+        try:
+            self.assertIsNone(fingerd.choose_ids(namespace(
+                user=None, group=None, chroot="")))
+            for change in ({"user": fingerd.User("root", 0, 0)},
+                           {"group": 54321}, {"chroot": "/"}):
+                daemon = {"user": None, "group": None, "chroot": "", **change}
+                with self.assertRaisesRegex(fingerd.StartError, "only root"):
+                    fingerd.choose_ids(namespace(**daemon))
+        finally:
+            os.seteuid(euid)
+
+    @needs_root
+    def test_works_inside_an_empty_chroot(self):
+        pages = {"/~carol": text_page("Carol's page\n")}
+        origin = Origin(pages)
+        try:
+            with serving() as hop, tempfile.TemporaryDirectory() as empty:
+                os.chmod(empty, 0o755)
+                text = ("[server]\nbackend = users web\nforward ="
+                        f" ip4.localhost:1 localhost.:{hop.address[1]}\n[web]"
+                        f"\nprefix = http://localhost:{origin.port}/~\n"
+                        + USERS)
+                with background(text, "--chroot", empty) as program:
+                    address = program.address
+                    for line, reply in [
+                            (b"moshez", HAPPY),
+                            (b"carol", b"Carol's page\r\n"),
+                            (b"dave", UNKNOWN),
+                            (b"\xff\xff", b"Malformed query\r\n")]:
+                        self.assertEqual(ask(address, line + b"\r\n"), reply)
+                    self.assertEqual(os.readlink(f"/proc/{program.pid}/root"),
+                                     empty)
+                    os.kill(program.pid, signal.SIGHUP)
+                    program.wait_log('reload-failed reason="cannot read the'
+                                     ' config: no such file')
+                    self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
+                    self.assertEqual(os.listdir(empty), [])
+        finally:
+            origin.close()
+
+    @needs_root
+    def test_forwards_from_a_chroot_by_addresses_looked_up_before(self):
+        with serving() as hop, tempfile.TemporaryDirectory() as empty:
+            name = "localhost.localdomain"
+            with contextlib.suppress(OSError):
+                socket.getaddrinfo(name, 79)
+            os.chmod(empty, 0o755)
+            text = f"[server]\nforward = 127.1:{hop.address[1]}\n" + USERS
+            with background(text, "--chroot", empty) as program:
+                self.assertEqual(ask(program.address, b"moshez@127.1\r\n"),
+                                 HAPPY)
+
+    @needs_root
+    def test_reloads_a_config_and_a_log_that_are_inside_the_chroot(self):
+        with background(start=False) as program:
+            chroot = program.directory
+            self.assertEqual(program.start("--chroot", chroot), (0, "", ""))
+            address = program.address
+            program.write("[users]\nmoshez = new\n")
+            os.chmod(program.config, 0o644)
+            os.rename(program.log_path, program.log_path + ".1")
+            nobody = pwd.getpwnam("nobody")
+            with open(program.log_path, "w"):
+                os.chown(program.log_path, nobody.pw_uid, nobody.pw_gid)
+            os.kill(program.pid, signal.SIGHUP)
+            program.wait_log("reloaded config=")
+            self.assertEqual(ask(address, b"moshez\r\n"), b"new\r\n")
+
+    @needs_root
+    def test_a_program_that_is_not_in_the_chroot_is_a_config_error(self):
+        with background(start=False) as program:
+            program.write("[server]\nbackend = finger\n[finger]\n"
+                          f"command = {sys.executable} {{user}}\n")
+            with tempfile.TemporaryDirectory() as empty:
+                status, out, err = program.start("--chroot", empty)
+            self.assertEqual((status, out), (2, ""))
+            self.assertIn(f':4: command: "{sys.executable}" is not inside the'
+                          f" chroot {empty}; put it there", err)
+
+    @needs_root
+    def test_a_chroot_that_is_missing_is_said_on_the_terminal(self):
+        with background(start=False) as program:
+            missing = program.directory + "/none"
+            self.assertEqual(
+                program.start("--chroot", missing),
+                (1, "", "fingerd: cannot enter chroot or rundir: no such file"
+                        f" or directory: {missing}\n"))
+
+
+class ServiceManagerTest(unittest.TestCase):
+    """systemd and inetd."""
+
+    @contextlib.contextmanager
+    def notify_socket(self):
+        with tempfile.TemporaryDirectory() as directory, socket.socket(
+                socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            path = os.path.join(directory, "notify")
+            sock.bind(path)
+            os.chmod(directory, 0o755)
+            os.chmod(path, 0o666)
+            sock.settimeout(HANG)
+            yield path, sock
+
+    def test_tells_systemd_how_it_goes(self):
+        with self.notify_socket() as (path, sock):
+            environment = {**os.environ, "NOTIFY_SOCKET": path,
+                           "WATCHDOG_USEC": "200000"}
+            with daemon(env=environment) as program:
+                self.assertEqual(sock.recv(100).decode().split(),
+                                 ["READY=1", f"MAINPID={program.pid}"])
+                for _ in range(3):
+                    self.assertEqual(sock.recv(100), b"WATCHDOG=1")
+                program.process.send_signal(signal.SIGHUP)
+                said = b""
+                while b"READY=1" not in said:
+                    said += sock.recv(100) + b" "
+                self.assertRegex(said, rb"RELOADING=1\nMONOTONIC_USEC=\d+ "
+                                       rb"(WATCHDOG=1 )*READY=1")
+                program.stop()
+                while sock.recv(100) != b"STOPPING=1":
+                    pass
+
+    def test_says_that_the_socket_of_systemd_is_away(self):
+        with background(start=False) as program:
+            path = os.path.join(program.directory, "none")
+            with mock.patch.dict(os.environ, NOTIFY_SOCKET=path):
+                self.assertEqual(program.start()[::2], (
+                    1, "fingerd: cannot reach NOTIFY_SOCKET: no such file or"
+                       " directory\n"))
+
+    @needs("systemd-socket-activate")
+    def test_serves_a_socket_that_systemd_has_opened(self):
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        with config_file(USERS) as path:
+            os.chmod(os.path.dirname(path), 0o755)
+            with subprocess.Popen(
+                    ["systemd-socket-activate", "-l", f"127.0.0.1:{port}",
+                     *fingerd_command("--config", path)],
+                    stderr=subprocess.PIPE, text=True) as process:
+                program = Daemon(process)
+                program.wait_line("Listening on")
+                self.assertEqual(ask(("127.0.0.1", port), b"moshez\r\n"),
+                                 HAPPY)
+                program.wait_line(rf"ready listen=127\.0\.0\.1:{port} ")
+                self.assertEqual(program.stop(), 0)
+                program.reader.join(HANG)
+
+    def test_refuses_a_passed_descriptor_that_is_no_listening_socket(self):
+        for what, message in [
+                ("3</dev/null", "LISTEN_FDS: descriptor 3 is no socket:"
+                                " socket operation on non-socket")]:
+            command = " ".join(map(shlex.quote, fingerd_command(
+                "--config", str(EXAMPLE))))
+            done = subprocess.run(
+                f"LISTEN_PID=$$ LISTEN_FDS=1 exec {command} {what}",
+                shell=True, capture_output=True, text=True, timeout=HANG)
+            self.assertEqual((done.returncode, done.stderr),
+                             (1, f"fingerd: {message}\n"))
+
+    def run_inetd(self, text, send, *args):
+        """Serve a connection as inetd would; give the reply and status."""
+        with config_file(text) as path, socket.create_server(
+                ("127.0.0.1", 0)) as listener:
+            os.chmod(os.path.dirname(path), 0o755)
+            with connect(listener.getsockname()) as client:
+                served, _ = listener.accept()
+                with served:
+                    process = subprocess.Popen(
+                        fingerd_command("--config", path, "--inetd", *args),
+                        stdin=served.fileno(), stdout=served.fileno(),
+                        stderr=served.fileno())
+                try:
+                    client.sendall(send)
+                    reply = read_all(client)
+                    client.close()
+                    return reply, process.wait(HANG)
+                finally:
+                    process.kill()
+                    process.wait()
+
+    def test_serves_one_connection_for_inetd(self):
+        self.assertEqual(self.run_inetd(USERS, b"moshez\r\n"), (HAPPY, 0))
+        self.assertEqual(self.run_inetd(
+            "[limits]\ntimeout = 0.1\n" + USERS, b"mos"),
+            (b"Query timed out\r\n", 0))
+
+    def test_runs_backends_for_inetd(self):
+        text = ("[server]\nbackend = finger\n[finger]\n"
+                "command = /bin/echo for {user}\n")
+        self.assertEqual(self.run_inetd(text, b"moshez\r\n"),
+                         (b"for moshez\r\n", 0))
+
+    def test_a_bad_config_is_not_told_to_the_client_of_inetd(self):
+        self.assertEqual(self.run_inetd("[nonsense]\n", b"moshez\r\n"),
+                         (FAILED, 2))
+
+    def test_says_that_inetd_is_missing(self):
+        status, out, err = run_fingerd("--inetd", "--config", str(EXAMPLE))
+        self.assertEqual((status, out), (1, ""))
+        self.assertRegex(err, "^fingerd: --inetd: standard input is no"
+                              " connection: .*; have inetd start it\n$")
+
+    @needs_root
+    def test_serves_for_a_real_inetd(self):
+        inetd = shutil.which("inetd", path="/usr/sbin:/sbin")
+        if not inetd:
+            self.skipTest("inetd is not installed")
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        with tempfile.TemporaryDirectory() as directory:
+            config = os.path.join(directory, "fingerd.conf")
+            script = os.path.join(directory, "run")
+            table = os.path.join(directory, "inetd.conf")
+            log = os.path.join(directory, "log")
+            pathlib.Path(config).write_text(f"[log]\nto = {log}\n" + USERS)
+            pathlib.Path(script).write_text("#!/bin/sh\nexec " + " ".join(map(
+                shlex.quote, fingerd_command("--config", config, "--inetd"))))
+            os.chmod(script, 0o755)
+            os.chmod(directory, 0o755)
+            pathlib.Path(table).write_text(
+                f"127.0.0.1:{port} stream tcp nowait root {script} fingerd\n")
+            with subprocess.Popen([inetd, "-i", table],
+                                  stderr=subprocess.DEVNULL) as process:
+                try:
+                    wait_until(lambda: not refused(("127.0.0.1", port)),
+                               "inetd")
+                    self.assertEqual(ask(("127.0.0.1", port), b"moshez\r\n"),
+                                     HAPPY)
+                    wait_until(lambda: 'q="moshez" outcome=answered'
+                               in pathlib.Path(log).read_text(), "the log")
+                finally:
+                    process.terminate()
+
+
+class BundleTest(unittest.TestCase):
+    def test_one_file_has_every_backend_and_the_right_statuses(self):
+        with tempfile.TemporaryDirectory() as directory:
+            path = os.path.join(directory, "fingerd")
+            self.assertEqual(run_fingerd("--bundle", path), (0, "", ""))
+            self.assertEqual(os.stat(path).st_mode & 0o777, 0o755)
+            with open(path, "rb") as file:
+                self.assertEqual(file.readline(), b"#!/usr/bin/env python3\n")
+            config = os.path.join(directory, "fingerd.conf")
+            pathlib.Path(config).write_text(
+                "[server]\nbackend = users finger web\n[finger]\ncommand ="
+                " /bin/echo for {user}\n[web]\nurl = http://127.0.0.1:1/"
+                "{user}\n" + USERS)
+            for args, status, out in [
+                    (["--query", "moshez"], 0, HAPPY),
+                    (["--query", "x"], 0, b"for x\r\n"),
+                    (["--check"], 0, b"fingerd.conf is good\n"),
+                    (["--nonsense"], 2, b""),
+                    (["--listen", "192.0.2.1:1"], 1, b"")]:
+                done = subprocess.run([sys.executable, path, *args],
+                                      cwd=directory, timeout=HANG,
+                                      capture_output=True)
+                self.assertEqual((done.returncode, done.stdout),
+                                 (status, out), done.stderr)
+            again = os.path.join(directory, "again")
+            subprocess.run([sys.executable, path, "--bundle", again],
+                           timeout=HANG, check=True)
+            self.assertEqual(os.path.getsize(again), os.path.getsize(path))
+
+    def test_says_why_it_cannot_write(self):
+        self.assertEqual(run_fingerd("--bundle", str(HERE)), (
+            1, "", f"fingerd: cannot write the bundle: is a directory:"
+                   f" {HERE}\n"))
 
 
 def refused(address):
@@ -1602,19 +2536,21 @@ class CommandLineTest(unittest.TestCase):
                      "Happy and well\n")]:
                 with self.subTest(args=args):
                     self.assertEqual(
-                        run_fingerd("--config", path, "--query", *args),
+                        call_fingerd("--config", path, "--query", *args),
                         (status, out, ""))
 
     def test_query_has_a_status_for_a_failed_backend(self):
         text = ("[server]\nbackend = web\n[web]\n"
                 "prefix = http://127.0.0.1:1/~\n")
         with config_file(text) as path:
-            status, out, err = run_fingerd("--config", path, "--query", "x")
+            status, out, err = call_fingerd("--config", path, "--query", "x")
         self.assertEqual((status, out), (1, "Internal error in server\n"))
         self.assertRegex(err, "^fingerd: failed backend=web client=127")
 
     def test_complains_of_wrong_options_in_one_line(self):
         for args, message in [
+                (["--config", ""], "cannot read the config: no such file or"
+                 " directory; name another with --config"),
                 (["--listne", "x"], "unrecognized arguments: --listne x;"
                                     " see --help"),
                 (["--config"], "argument --config: expected one argument;"
@@ -1624,7 +2560,7 @@ class CommandLineTest(unittest.TestCase):
                  '--from: "me" is not an address; write e.g. --from'
                  ' 192.0.2.7')]:
             with self.subTest(args=args):
-                self.assertEqual(run_fingerd(*args),
+                self.assertEqual(call_fingerd(*args),
                                  (2, "", f"fingerd: {message}\n"))
 
     def test_survives_streams_that_are_closed_or_full(self):
@@ -1716,6 +2652,12 @@ class LoneCopyTest(unittest.TestCase):
                 ' fingerd_backends.py, which is not beside fingerd.py; copy'
                 ' it there too, or write backend = users\n'
                 'fingerd: 1 error in fingerd.conf, not started\n'))
+
+    def test_guesses_what_a_misspelt_backend_means(self):
+        with self.lone_copy("[server]\nbackend = usres\n") as directory:
+            self.assertEqual(self.run_copy(directory)[2].splitlines()[0], (
+                'fingerd: fingerd.conf:2: backend: "usres" is no backend; did'
+                ' you mean users?'))
 
     def test_says_so_of_a_section_too(self):
         with self.lone_copy("[web]\ncache = 1\n[servers]\n") as directory:
@@ -3461,12 +4403,6 @@ class WebBackendTest(BackendCase):
 
 
 # ---- Other people's clients -----------------------------------------------
-
-def needs(program):
-    """Skip a test where a client is not installed."""
-    return unittest.skipUnless(shutil.which(program),
-                               f"{program} is not installed")
-
 
 class ClientsTest(unittest.TestCase):
     """finger, lynx, nmap, telnet and nc, as people use them."""
