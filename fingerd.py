@@ -1399,7 +1399,7 @@ def fetch_finger(address: tuple[str, int], line: str, limit: int,
 
 BACKLOG = 1024          # connections the kernel holds for us: see listen(2)
 ACCEPTS = 256           # in a row, before other clients get their turn
-GRACE = 1.0             # seconds for a backend to come back from a timeout
+GRACE = 0.5             # seconds for a backend to come back from a timeout
 PAUSE = 1.0             # seconds without accept when descriptors are out
 QUIET = 10.0            # seconds between two lines "full"
 LINGER = 0.05           # seconds until we look whether a client has closed
@@ -1540,7 +1540,8 @@ class FingerServer(socketserver.ThreadingTCPServer):
                     key.data(key.fileobj)
             self.take_answers()
             now = time.monotonic()
-            self.look_at_lingering(now)
+            self.look_at_lingering(
+                now if self.stop_deadline is None else math.inf)
             self.end_overdue(now)
             if self.heartbeat and now >= self.next_beat:
                 self.next_beat = now + self.heartbeat()
@@ -2542,7 +2543,7 @@ def make_parser() -> Parser:
     for row in SETTINGS:
         if row.flags:
             parser.add_argument(*row.flags, dest=row.name, metavar="VALUE",
-                                help=f"{row.name} of [{row.section}]")
+                                help=row.help)
     for flags, name, value in (
             (("-d", "--daemon"), "daemonize", "yes"),
             (("-n", "--nodaemon"), "daemonize", "no"),

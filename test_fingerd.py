@@ -1614,6 +1614,8 @@ class ProcessTest(unittest.TestCase):
             self.assertEqual(
                 len([x for x in program.lines if "starved" in x]), 1)
             stack.close()
+            wait_until(lambda: len(os.listdir(f"/proc/{program.pid}/fd"))
+                       == used, "the closes")
             self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
             for _ in range(3):      # it is logged again when it happens again
                 stack.enter_context(connect(address))
@@ -1920,7 +1922,7 @@ class BackgroundTest(unittest.TestCase):
         with background() as program:
             pid, address = program.pid, program.address
             with connect(address) as sock:
-                sock.sendall(b"mos")        # takes it a second to give up
+                sock.sendall(b"mos")        # takes it a while to give up
                 self.assertEqual(program.run("--stop"), (0, "", ""))
                 self.assertEqual(read_all(sock), b"Query timed out\r\n")
             self.assertTrue(refused(address))
