@@ -867,6 +867,13 @@ class ConfigReader:
             except ValueError as error:
                 self.error_backend(name, name in names, error)
                 continue
+            except ImportError as error:
+                if not self.old:
+                    raise
+                self.error_backend(name, name in names,
+                                   f"cannot be loaded any more ({error});"
+                                   " restart instead of a reload")
+                continue
             options = self.backend_options(name, cls)
             if name in names and options is not None:
                 made.append((name, self.make_backend(name, cls, options,
@@ -954,6 +961,7 @@ class Syslog:
 
     def __init__(self, settings: Any) -> None:
         """Connect; raise OSError when nobody listens."""
+        self.configured = settings.syslog_address
         self.address: Any = settings.syslog_address
         self.priority = FACILITIES.index(settings.facility) * 8
         self.lock = threading.Lock()        # for the socket of a reconnect
@@ -973,6 +981,11 @@ class Syslog:
             sock.close()
             raise
         return sock
+
+    def adopt(self, settings: Any) -> bool:
+        """Go on by these settings, if they name the same syslog."""
+        self.priority = FACILITIES.index(settings.facility) * 8
+        return bool(self.configured == settings.syslog_address)
 
     def send(self, level: str, text: str) -> None:
         """Send a message without waiting; raise OSError if it is lost."""
@@ -1021,9 +1034,13 @@ class Log:
         if settings.format == "json":
             import json  # text has no use for it
         if settings.to == "syslog":
-            syslog = Syslog(settings)
+            syslog = self.syslog
+            if not syslog or not syslog.adopt(settings):
+                syslog = Syslog(settings)
         elif settings.to != "stderr":
             fd = open_log_file(settings.to, owner)
+        if syslog is self.syslog:
+            self.syslog = None
         self.close()
         self.syslog, self.fd = syslog, fd
         self.room = writable_poll(fd)
@@ -1965,6 +1982,9 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
 # ---- Process --------------------------------------------------------------
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+PIDFILE_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+DEFAULT_TIMEOUT = 60.0          # seconds, where the config does not tell
 STOP_PATIENCE = 5.0             # seconds beyond the timeout, for --stop
 PIDFILE_PATIENCE = 0.3          # seconds; others hold its lock for less
 SPARE_DESCRIPTORS = 32          # log, listeners, selector, Python's own
@@ -2077,7 +2097,7 @@ def passed_listeners() -> list[socket.socket]:
     pid = os.environ.pop("LISTEN_PID", "")
     number = os.environ.pop("LISTEN_FDS", "")
     os.environ.pop("LISTEN_FDNAMES", None)
-    if pid != str(os.getpid()) or not number.isdigit():
+    if pid != str(os.getpid()) or not re.fullmatch("[0-9]{1,4}", number):
         return []
     listeners: list[socket.socket] = []
     for fd in range(3, 3 + int(number)):
@@ -2133,8 +2153,7 @@ class Pidfile:
         try:
             while not self.lock():
                 if time.monotonic() > until:
-                    with open(path, encoding="ascii") as file:
-                        pid = file.read(20).strip() or "not known yet"
+                    pid = running_pid(path) or "not known yet"
                     raise StartError(f"already running, pid {pid}"
                                      f" ({path} is locked)")
                 time.sleep(0.01)
@@ -2144,13 +2163,14 @@ class Pidfile:
 
     def lock(self) -> bool:
         """Try once.  A --status may hold the lock, but only for a moment."""
-        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-                          | os.O_NOFOLLOW, 0o644)
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+                          | PIDFILE_FLAGS, 0o600)   # none but us may lock it
         try:
+            check_pidfile(self.fd, self.path)
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # One that ends may have removed the file since it was opened.
             if os.path.samestat(os.fstat(self.fd), os.stat(self.path)):
-                os.fchmod(self.fd, 0o644)       # for --status by anybody
+                os.ftruncate(self.fd, 0)    # a number there is another's
                 return True
         except (BlockingIOError, FileNotFoundError):
             pass
@@ -2171,22 +2191,36 @@ class Pidfile:
         os.close(self.fd)
 
 
+def check_pidfile(fd: int, path: str) -> str:
+    """Give the number in a pidfile; StartError if it is no such file."""
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise StartError(f"{path} is no regular file; name another pidfile")
+    text = os.pread(fd, 20, 0).strip()
+    if not re.fullmatch(b"[0-9]*", text):
+        raise StartError(f"{path} has other text than a process number; name"
+                         " another pidfile")
+    return text.decode()
+
+
 def running_pid(path: str) -> int:
     """Give the process number of the daemon that holds a pidfile, or 0."""
-    until = time.monotonic() + PIDFILE_PATIENCE
+    until = time.monotonic() + STOP_PATIENCE
     while True:
         try:
-            with open(path, encoding="ascii", errors="replace") as file:
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                    return 0
-                text = file.read(20).strip()
+            fd = os.open(path, os.O_RDONLY | PIDFILE_FLAGS)
         except FileNotFoundError:
             return 0
         except OSError as error:
             raise StartError("cannot read the pidfile:"
                              f" {reason(error)}") from None
-        if text.isdigit():
+        try:
+            text = check_pidfile(fd, path)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return 0
+        finally:
+            os.close(fd)
+        if text:
             return int(text)
         if time.monotonic() > until:
             raise StartError(f"{path} is locked, but has no number in it")
@@ -2204,14 +2238,13 @@ def choose_ids(daemon: Any) -> tuple[str, int, int] | None:
                              " group and chroot")
         return None
     try:
-        nobody = pwd.getpwnam("nobody")
-    except KeyError:
-        raise StartError('there is no user "nobody" to become; write user ='
-                         " NAME, or user = root") from None
-    chosen = daemon.user or User("nobody", nobody.pw_uid, nobody.pw_gid)
-    gid = daemon.group
-    if gid is None:
-        gid = nobody.pw_gid if chosen.gid is None else chosen.gid
+        chosen: Any = daemon.user or user("nobody")
+        gid = chosen.gid if daemon.group is None else daemon.group
+        if gid is None:
+            gid = pwd.getpwnam("nobody").pw_gid
+    except (KeyError, ValueError):
+        raise StartError('there is no user "nobody"; write user = NAME and'
+                         " group = NAME, or user = root") from None
     return chosen.name, chosen.uid, gid
 
 
@@ -2299,7 +2332,7 @@ class Notifier(contextlib.AbstractContextManager):
             self.sock.close()
             raise StartError("cannot reach NOTIFY_SOCKET:"
                              f" {reason(error)}") from None
-        if period.isdigit() and pid == str(os.getpid()):
+        if re.fullmatch("[0-9]{1,15}", period) and pid == str(os.getpid()):
             self.period = int(period) / 2e6
 
     def tell(self, *lines: str) -> None:
@@ -2351,6 +2384,8 @@ class Daemon:
             self.notifier = opened.enter_context(Notifier())
             null = opened.enter_context(open(os.devnull, "r+b", 0))
             self.give_up_rights(site)
+            # From here on a signal waits until the loop can act on it.
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             launcher = daemonize() if self.config.daemon.daemonize else None
             if self.pidfile:
                 self.pidfile.write()
@@ -2413,7 +2448,10 @@ class Daemon:
         except OSError as error:
             where = "open the log"
             if settings.to == "syslog":
-                where = f"reach syslog at {settings.syslog_address}"
+                address = settings.syslog_address
+                where = "reach syslog at " + (
+                    address if isinstance(address, str)
+                    else address_text(address))
             raise StartError(f"cannot {where}: {reason(error)}") from None
 
     def tell_ready(self) -> None:
@@ -2442,7 +2480,7 @@ class Daemon:
         if self.pidfile:
             self.pidfile.remove()
         signal.set_wakeup_fd(-1)
-        for number in self.server.actions:      # it is too late for more
+        for number in SIGNALS:      # it is too late for more
             signal.signal(number, signal.SIG_IGN)
 
     # Signals.
@@ -2456,19 +2494,25 @@ class Daemon:
             signal.SIGTERM: functools.partial(self.stop, "SIGTERM"),
             signal.SIGINT: functools.partial(self.stop, "SIGINT"),
             signal.SIGHUP: self.reload, signal.SIGUSR1: self.log_counters}
-        for number in self.server.actions:
+        for number in SIGNALS:
             signal.signal(number, note)
         # A launcher may have left it ignored: then no program has a status.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.set_wakeup_fd(self.server.waker.fileno(),
                              warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def stop(self, name: str) -> None:
         self.notifier.tell("STOPPING=1")
         self.server.stop(name)
 
     def reload(self) -> None:
-        """Take up the config anew: all of it or, if it is bad, nothing."""
+        """Take up the config anew: all of it or, if it is bad, nothing.
+
+        The log file is opened anew in both cases.
+        """
+        if self.server.stop_deadline is not None:
+            return
         self.notifier.tell("RELOADING=1",
                            f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
@@ -2479,6 +2523,8 @@ class Daemon:
             site = Site(config, self.log)
             self.log.open(config.log)
         except Exception as error:      # whatever it is, the old one serves
+            with contextlib.suppress(OSError):
+                self.log.open(self.config.log)
             text = (reason(error) if isinstance(error, OSError)
                     else str(error) or repr(error))
             for line in text.splitlines():
@@ -2586,6 +2632,11 @@ def find_config(path: str | None) -> str:
         return path
     for known in CONFIG_FILES:
         if os.path.exists(known):
+            info = os.stat(known)
+            if os.geteuid() == 0 and (info.st_uid or info.st_mode & 0o022):
+                raise ConfigError(f"{known} can be written by others than"
+                                  " root; name it with --config if you trust"
+                                  " it")
             return known
     raise ConfigError(f"there is no {' and no '.join(CONFIG_FILES)}; copy"
                       " fingerd.conf.example to one of them, or name a file"
@@ -2601,21 +2652,36 @@ def print_reply(config: Any, log: Log, line: str, client: str) -> int:
         raise ConfigError(f'--from: "{client}" is not an address; write'
                           " e.g. --from 192.0.2.7") from None
     site = Site(config, log)
+    if os.geteuid() == 0:       # no program is run as root, for no query
+        load_late_imports()
+        child = os.fork()
+        if child:
+            return os.WEXITSTATUS(os.waitpid(child, 0)[1])
+        try:
+            drop_privileges(*choose_ids(config.daemon) or ("root", 0, 0))
+            os._exit(say_reply(site, line, client))
+        finally:
+            os._exit(1)
+    return say_reply(site, line, client)
+
+
+def say_reply(site: Site, line: str, client: str) -> int:
+    """Print the reply itself; give the status."""
     reply = FIXED["denied"]
     if site.allows(client):
-        deadline = time.monotonic() + config.limits.timeout
+        deadline = time.monotonic() + site.config.limits.timeout
         reply = site.answer(os.fsencode(line), client, lambda: "localhost",
                             deadline) or FIXED["failed"]
     say(reply.data)
     return 1 if reply.outcome == "failed" else 0
 
 
-def control(args: argparse.Namespace, config: Any) -> int:
+def control(args: argparse.Namespace, pidfile: str, timeout: float) -> int:
     """Act on the running daemon; give the exit status."""
-    if not config.daemon.pidfile:
+    if not pidfile:
         raise ConfigError("there is no pidfile to know the daemon by; set"
                           " pidfile in [daemon], or give --pidfile")
-    path = os.path.abspath(config.daemon.pidfile)
+    path = os.path.abspath(pidfile)
     pid = running_pid(path)
     if not pid:
         say(b"fingerd is not running\n")
@@ -2629,7 +2695,7 @@ def control(args: argparse.Namespace, config: Any) -> int:
         raise StartError(f"cannot signal pid {pid}:"
                          f" {reason(error)}") from None
     if args.stop:
-        wait_for_end(path, pid, config.limits.timeout + STOP_PATIENCE)
+        wait_for_end(path, pid, timeout + STOP_PATIENCE)
     return 0
 
 
@@ -2650,10 +2716,14 @@ def take_inetd_socket() -> socket.socket:
     """
     try:
         sock = socket.socket(fileno=os.dup(0))
-        sock.getpeername()
+        if len(sock.getpeername()) < 2 or sock.type != socket.SOCK_STREAM:
+            raise OSError("it is not TCP")
     except OSError as error:
         raise StartError("--inetd: standard input is no connection:"
                          f" {reason(error)}; have inetd start it") from None
+    import syslog
+    syslog.openlog("fingerd", syslog.LOG_PID | syslog.LOG_NDELAY,
+                   syslog.LOG_DAEMON)       # for refuse_for_inetd
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         if stat.S_ISSOCK(os.fstat(fd).st_mode):
@@ -2671,7 +2741,6 @@ def refuse_for_inetd(sock: socket.socket, error: Exception) -> None:
         sock.shutdown(socket.SHUT_WR)
         while sock.recv(4096):      # a close with bytes unread is a reset
             pass
-    syslog.openlog("fingerd", syslog.LOG_PID, syslog.LOG_DAEMON)
     for line in str(error).splitlines():
         syslog.syslog(syslog.LOG_ERR, UNSAFE.sub(show_unsafe, line))
 
@@ -2680,19 +2749,22 @@ def write_bundle(path: str) -> None:
     """Write a zipapp of both files, which anybody may run."""
     import importlib.util
     import zipfile
+    sources = {"__main__": BUNDLE_MAIN}
     try:
         load_backends()
+        for name in ("fingerd", "fingerd_backends"):
+            spec: Any = importlib.util.find_spec(name)
+            if not spec:
+                raise ValueError("this file is not named fingerd.py any more")
+            sources[name] = spec.loader.get_source(name)
     except ValueError as error:
         raise ConfigError(f"--bundle: {error}") from None
     try:
         with open(path, "wb") as file:
             file.write(b"#!/usr/bin/env python3\n")
             with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as bundle:
-                for name in ("fingerd", "fingerd_backends"):
-                    spec: Any = importlib.util.find_spec(name)
-                    bundle.writestr(f"{name}.py",
-                                    spec.loader.get_source(name))
-                bundle.writestr("__main__.py", BUNDLE_MAIN)
+                for name, source in sources.items():
+                    bundle.writestr(f"{name}.py", source)
         os.chmod(path, 0o755)
     except OSError as error:
         raise StartError(f"cannot write the bundle: {reason(error)}"
@@ -2724,15 +2796,21 @@ def run_config(args: argparse.Namespace, log: Log,
 
     overrides = {row.name: getattr(args, row.name) for row in SETTINGS
                  if getattr(args, row.name, None) is not None}
-    path = find_config(args.config)
     reader = functools.partial(ConfigReader, report=report,
                                overrides=overrides)
-    config = reader(path).read()
+    try:
+        path = find_config(args.config)
+        config = reader(path).read()
+    except ConfigError:
+        # A config that has been broken since does not keep it running.
+        if not (args.pidfile and (args.stop or args.status)):
+            raise
+        return control(args, args.pidfile, DEFAULT_TIMEOUT)
     if args.check:
         say(to_wire(f"{path} is good").replace(b"\r", b""))
         return 0
     if args.status or args.stop or args.reload:
-        return control(args, config)
+        return control(args, config.daemon.pidfile, config.limits.timeout)
     if args.query is not None:
         return print_reply(config, log, args.query,
                            args.client or "127.0.0.1")

@@ -235,6 +235,14 @@ def find_program(setting: str, name: str) -> str:
     return path
 
 
+def is_inside(chroot: str, program: str) -> bool:
+    """Tell whether a program is a file inside a chroot, by no way out."""
+    inside = os.path.realpath(chroot)
+    path = os.path.realpath(chroot + program)
+    return (os.path.commonpath([inside, path]) == inside
+            and os.path.isfile(path) and os.access(path, os.X_OK))
+
+
 def compile_pattern(pattern: str) -> Any:
     """Compile what a whole name must match."""
     try:
@@ -302,7 +310,7 @@ class FingerBackend:
         """Check that the programs are inside, under the same names."""
         for setting in ("command", "verbose_command", "list_command"):
             words = getattr(self, setting)
-            if words and not os.access(path + words[0], os.X_OK):
+            if words and not is_inside(path, words[0]):
                 raise ValueError(f'{setting}: "{words[0]}" is not inside the'
                                  f" chroot {path}; put it there, with all"
                                  " that it needs, or use no chroot")

@@ -1274,6 +1274,10 @@ class ForwardTest(unittest.TestCase):
                      listen=f"127.0.0.1:{port}") as server:
             self.assertEqual(server.ask(b"moshez@127.1\r\n"), FAILED)
             server.wait_log("the next hop is this server itself")
+            site = server.server.site       # nor after a reload
+            server.server.change_site(fingerd.Site(site.config, site.log))
+            self.assertEqual(server.ask(b"moshez@127.1\r\n"), FAILED)
+            server.wait_log("the next hop is this server itself", 2)
             self.assertEqual(server.ask(b"moshez" + b"@127.1" * 5 + b"\r\n"),
                              b"Finger forwarding service denied\r\n")
 
@@ -1614,9 +1618,12 @@ class ProcessTest(unittest.TestCase):
             self.assertEqual(
                 len([x for x in program.lines if "starved" in x]), 1)
             stack.close()
+            for _ in range(2):      # it is over when one finds it idle
+                wait_until(lambda: len(os.listdir(f"/proc/{program.pid}/fd"))
+                           == used, "the closes")
+                self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
             wait_until(lambda: len(os.listdir(f"/proc/{program.pid}/fd"))
                        == used, "the closes")
-            self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
             for _ in range(3):      # it is logged again when it happens again
                 stack.enter_context(connect(address))
             program.wait_line("starved", 2)
@@ -1802,7 +1809,7 @@ class BackgroundTest(unittest.TestCase):
             self.assertRegex(program.log()[-2 if os.geteuid() else -1],
                              "ready|query")
             self.assertIn(f" pid={program.pid}", program.wait_log("ready"))
-            self.assertEqual(os.stat(program.pidfile).st_mode & 0o777, 0o644)
+            self.assertEqual(os.stat(program.pidfile).st_mode & 0o777, 0o600)
             self.assertEqual(os.stat(program.log_path).st_mode & 0o777, 0o640)
 
     @needs_proc
@@ -1938,6 +1945,59 @@ class BackgroundTest(unittest.TestCase):
                 (2, "", "fingerd: there is no pidfile to know the daemon by;"
                         " set pidfile in [daemon], or give --pidfile\n"))
 
+    def test_a_number_that_a_crash_has_left_is_not_believed(self):
+        with tempfile.TemporaryDirectory() as directory:
+            path = os.path.join(directory, "pid")
+            pathlib.Path(path).write_text(f"{os.getpid()}\n")
+            pidfile = fingerd.Pidfile(path)     # locked, not written yet
+            self.assertEqual(pathlib.Path(path).read_text(), "")
+            pidfile.write()
+            self.assertEqual(fingerd.running_pid(path), os.getpid())
+            pidfile.remove()
+            self.assertEqual(os.listdir(directory), [])
+
+    def test_spoils_nothing_that_is_no_pidfile(self):
+        with background(start=False) as program:
+            fifo = os.path.join(program.directory, "fifo")
+            os.mkfifo(fifo, 0o666)
+            for path, message in [
+                    (fifo, f"{fifo} is no regular file; name another"
+                           " pidfile"),
+                    (program.config, f"{program.config} has other text than"
+                                     " a process number; name another"
+                                     " pidfile")]:
+                mode = os.stat(path).st_mode
+                result = (1, "", f"fingerd: {message}\n")
+                self.assertEqual(program.start("--pidfile", path), result)
+                self.assertEqual(program.run("--status", "--pidfile", path),
+                                 result)
+                self.assertEqual(os.stat(path).st_mode, mode)
+            self.assertEqual(pathlib.Path(program.config).read_text(), USERS)
+
+    def test_signals_at_the_start_are_acted_on_when_it_serves(self):
+        for number, last in [(signal.SIGHUP, "reload"),
+                             (signal.SIGUSR1, "counters"),
+                             (signal.SIGTERM, "stopped")]:
+            with background(start=False) as program:
+                results = []
+                thread = threading.Thread(
+                    target=lambda: results.append(program.start()))
+                thread.start()
+                wait_until(lambda: os.path.exists(program.pidfile) and
+                           pathlib.Path(program.pidfile).read_text(), "pid")
+                with contextlib.suppress(ValueError, OSError):
+                    os.kill(program.pid, number)
+                thread.join(HANG)
+                self.assertEqual(results, [(0, "", "")])
+                program.wait_log(last)
+
+    def test_stops_although_the_config_has_been_broken_since(self):
+        with background() as program:
+            program.write("[nonsense]\n")
+            self.assertEqual(program.run("--status")[0], 0)
+            self.assertEqual(program.run("--reload")[0], 2)
+            self.assertEqual(program.run("--stop"), (0, "", ""))
+
     def test_will_not_follow_a_link_for_a_pidfile(self):
         with background(start=False) as program:
             victim = os.path.join(program.directory, "victim")
@@ -2054,6 +2114,20 @@ class ReloadTest(unittest.TestCase):
                     self.assertNotIn("reloaded" if how == "create" else
                                      "counters", file.read())
 
+    def test_reopens_the_log_even_when_the_config_is_bad(self):
+        with background() as program:
+            old = program.log_path + ".1"
+            os.rename(program.log_path, old)
+            with open(program.log_path, "w"):
+                pass
+            if os.geteuid() == 0:
+                info = os.stat(old)
+                os.chown(program.log_path, info.st_uid, info.st_gid)
+            program.write("[nonsense]\n")
+            os.kill(program.pid, signal.SIGHUP)
+            program.wait_log("reload-failed")
+            program.write(USERS)
+
     def test_keeps_the_log_when_a_new_one_cannot_be_had(self):
         with background() as program:
             os.rename(program.log_path, program.log_path + ".1")
@@ -2126,6 +2200,19 @@ class SyslogTest(unittest.TestCase):
                                    'q="moshez" .*')
                 program.run("--stop")
                 self.receive(sock, rf"<157>who\[{pid}\]: stopped .*")
+
+    @needs_root
+    def test_reloads_in_a_chroot_that_syslog_is_not_in(self):
+        with background(start=False) as program, \
+                tempfile.TemporaryDirectory() as outside:
+            path = os.path.join(outside, "socket")
+            program.write(f"[log]\nsyslog_address = {path}\n" + USERS)
+            os.chmod(program.config, 0o644)
+            with self.syslog(path) as sock:
+                self.assertEqual(program.start(
+                    "--chroot", program.directory, log="syslog"), (0, "", ""))
+                os.kill(program.pid, signal.SIGHUP)
+                self.receive(sock, r"<29>fingerd\[\d+\]: reloaded .*")
 
     def test_writes_to_a_host_over_udp(self):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -2296,6 +2383,36 @@ class PrivilegesTest(unittest.TestCase):
                           f" chroot {empty}; put it there", err)
 
     @needs_root
+    @needs_proc
+    def test_a_query_from_the_command_line_runs_nothing_as_root(self):
+        with config_file("[server]\nbackend = finger\n[finger]\n"
+                         "command = /usr/bin/id -u\n") as path:
+            self.assertEqual(
+                run_fingerd("--config", path, "--query", "x"),
+                (0, f"{pwd.getpwnam('nobody').pw_uid}\n", ""))
+
+    @needs_root
+    def test_root_takes_no_config_from_where_others_write(self):
+        with config_file(USERS) as path:
+            os.chmod(path, 0o666)
+            self.assertEqual(
+                run_fingerd("--check", cwd=os.path.dirname(path)),
+                (2, "", "fingerd: fingerd.conf can be written by others than"
+                        " root; name it with --config if you trust it\n"))
+
+    @needs_root
+    def test_a_link_out_of_the_chroot_is_no_program_inside(self):
+        with background(start=False) as program:
+            program.write("[server]\nbackend = finger\n[finger]\n"
+                          "command = /bin/echo {user}\n")
+            with tempfile.TemporaryDirectory() as chroot:
+                os.mkdir(os.path.join(chroot, "bin"))
+                os.symlink("/bin/echo", os.path.join(chroot, "bin", "echo"))
+                status, _, err = program.start("--chroot", chroot)
+            self.assertEqual(status, 2)
+            self.assertIn("is not inside the chroot", err)
+
+    @needs_root
     def test_a_chroot_that_is_missing_is_said_on_the_terminal(self):
         with background(start=False) as program:
             missing = program.directory + "/none"
@@ -2413,6 +2530,11 @@ class ServiceManagerTest(unittest.TestCase):
         self.assertEqual(self.run_inetd("[nonsense]\n", b"moshez\r\n"),
                          (FAILED, 2))
 
+    def test_a_start_that_fails_under_inetd_is_not_told_to_the_client(self):
+        self.assertEqual(
+            self.run_inetd(USERS, b"moshez\r\n", "--rundir", "/no/such"),
+            (FAILED, 1))
+
     def test_says_that_inetd_is_missing(self):
         status, out, err = run_fingerd("--inetd", "--config", str(EXAMPLE))
         self.assertEqual((status, out), (1, ""))
@@ -2479,6 +2601,19 @@ class BundleTest(unittest.TestCase):
             subprocess.run([sys.executable, path, "--bundle", again],
                            timeout=HANG, check=True)
             self.assertEqual(os.path.getsize(again), os.path.getsize(path))
+
+    def test_says_that_a_renamed_copy_cannot_be_bundled(self):
+        with tempfile.TemporaryDirectory() as directory:
+            copy = os.path.join(directory, "finger-daemon")
+            shutil.copy(PROGRAM, copy)
+            shutil.copy(HERE / "fingerd_backends.py", directory)
+            done = subprocess.run(
+                [sys.executable, copy, "--bundle", "out"], cwd=directory,
+                capture_output=True, text=True, timeout=HANG)
+            self.assertEqual((done.returncode, done.stderr), (
+                2, "fingerd: --bundle: this file is not named fingerd.py any"
+                   " more\n"))
+            self.assertFalse(os.path.exists(os.path.join(directory, "out")))
 
     def test_says_why_it_cannot_write(self):
         self.assertEqual(run_fingerd("--bundle", str(HERE)), (
