@@ -1611,7 +1611,7 @@ class ProcessTest(unittest.TestCase):
             waiting.sendall(b"moshez\r\n")
             program.wait_line('starved reason="too many open files"')
             start = cpu_seconds(program.pid)
-            self.assertEqual(select.select([waiting], [], [], 1.5)[0], [])
+            self.assertEqual(select.select([waiting], [], [], 1.2)[0], [])
             self.assertLess(cpu_seconds(program.pid) - start, 0.5)
             held[0].close()
             self.assertEqual(read_all(waiting), HAPPY)
@@ -1900,9 +1900,9 @@ class BackgroundTest(unittest.TestCase):
 
     def test_of_several_starts_at_the_same_moment_exactly_one_wins(self):
         with background(start=False) as program:
-            results = in_threads([program.start] * 6)
+            results = in_threads([program.start] * 4)
             self.assertEqual(sorted(status for status, _, _ in results),
-                             [0, 1, 1, 1, 1, 1])
+                             [0, 1, 1, 1])
             self.assertEqual(program.run("--status"), (
                 0, f"fingerd is running, pid {program.pid}\n", ""))
 
@@ -2275,7 +2275,6 @@ class PrivilegesTest(unittest.TestCase):
         entry = pwd.getpwnam("daemon")
         for args, uid, gid in [
                 (["--user", "daemon"], entry.pw_uid, entry.pw_gid),
-                (["--uid", str(entry.pw_uid)], entry.pw_uid, entry.pw_gid),
                 (["--user", "daemon", "--group", "nogroup"], entry.pw_uid,
                  grp.getgrnam("nogroup").gr_gid),
                 (["--uid", "54321", "--gid", "54322"], 54321, 54322),
@@ -3741,7 +3740,7 @@ class WebBackendTest(BackendCase):
                 self.assertEqual(fingerd_backends.html_text(page), text)
 
     def test_hostile_html_takes_no_longer_than_other_html(self):
-        size = 64 * 1024
+        size = 32 * 1024
         for piece in ("<", "<a", "<a ", "</", "</a", "<!", "<!--", "<!-- >",
                       "<?", "<a b='", '<a b="', "<a b=", "='\"", "<a =\"'",
                       "<![CDATA[", "<script>", "<script></", "</script ",
@@ -3753,7 +3752,7 @@ class WebBackendTest(BackendCase):
                 page = start + piece * (size // len(piece))
                 begin = time.process_time()
                 fingerd_backends.html_text(page[:size])
-                self.assertLess(time.process_time() - begin, 0.5,
+                self.assertLess(time.process_time() - begin, 0.25,
                                 (start, piece))
 
     def test_honours_the_charset(self):
