@@ -236,6 +236,8 @@ class UsersBackend:
     threads at once; it knows nothing of sockets, config files or the log.
 
     waits         may lookup() block?  If not, it is asked without a thread.
+    lasting       does the same question always get the same answer, whoever
+                  asks?  Then the server may remember it.
     settings      rows (name, kind of KINDS, default, help), or None where
                   any name may stand in the section.
     options       what stands there, converted; a value that will not do is
@@ -253,6 +255,7 @@ class UsersBackend:
     """
 
     waits = False
+    lasting = True
     settings = None
 
     def __init__(self, options: dict[str, str],
@@ -348,6 +351,7 @@ FACILITIES = (                  # by their numbers: RFC 3164 4.1.1
     "cron", "authpriv", "ftp", "ntp", "audit", "alert", "clock", "local0",
     "local1", "local2", "local3", "local4", "local5", "local6", "local7")
 LEVELS = ("debug", "info", "notice", "warning", "error")
+INFO = LEVELS.index("info")     # the level of a query's line
 LONGEST = 366 * 86400           # seconds; more is a slip of the pen
 MOST = 1_000_000_000            # of anything counted
 
@@ -952,6 +956,12 @@ def escape(match: re.Match[str]) -> str:
                    for byte in character.encode("utf-8", "surrogatepass"))
 
 
+@functools.lru_cache(maxsize=256)
+def quote_line(line: bytes) -> str:
+    """Quote what a client has sent, without its end."""
+    return quote(strip_line(line).decode("ascii", "surrogateescape"))
+
+
 class Syslog:
     """A datagram socket to syslog(3), which comes back after a restart.
 
@@ -1014,7 +1024,7 @@ class Log:
     def __init__(self) -> None:
         self.fd = 2
         self.syslog: Syslog | None = None
-        self.level = LEVELS.index("info")
+        self.level = INFO
         self.json: Any = None           # the module, when lines are JSON
         self.prefix = "fingerd"
         self.second = 0                 # the time that stamp spells
@@ -1065,19 +1075,18 @@ class Log:
     def query(self, host: str, port: int, line: bytes, reply: Reply,
               sent: int, ms: int) -> None:
         """Write the line of a connection: bytes sent, milliseconds it took."""
-        if LEVELS.index("info") < self.level:
+        if self.level > INFO:
             return
         if self.json:
             self.write("info", self.format("query", {
                 "client": host, "port": port,
-                "q": line.decode("utf-8", "backslashreplace"),
+                "q": strip_line(line).decode("utf-8", "backslashreplace"),
                 "outcome": reply.outcome, "backend": reply.backend,
                 "bytes": sent, "ms": ms}))
         else:
-            q = quote(line.decode("ascii", "surrogateescape"))
-            self.write("info", f"query client={host} port={port} q={q}"
-                       f" outcome={reply.outcome} backend={reply.backend}"
-                       f" bytes={sent} ms={ms}")
+            self.write("info", f"query client={host} port={port}"
+                       f" q={quote_line(line)} outcome={reply.outcome}"
+                       f" backend={reply.backend} bytes={sent} ms={ms}")
 
     def format(self, event: str, fields: dict[str, Any]) -> str:
         if self.json:
@@ -1157,6 +1166,10 @@ def open_log_file(path: str, owner: tuple[int, int] | None) -> int:
 
 # ---- Site -----------------------------------------------------------------
 
+MAX_KNOWN = 1024        # replies that are remembered
+MAX_KNOWN_SIZE = 4096   # bytes of one of them
+
+
 class WouldWait(Exception):
     """A backend that may block is to be asked, and no thread is at hand."""
 
@@ -1199,6 +1212,9 @@ class Site:
         self.own_ports: set[int] = set()    # that we listen on
         self.guarded = bool(server.allow or server.deny)
         self.allows = functools.lru_cache(maxsize=4096)(self.find_access)
+        self.lasting = all(getattr(backend, "lasting", False)
+                           for _, backend in self.backends)
+        self.known: dict[bytes, Reply] = {}     # by the line, with its end
 
     def find_access(self, host: str) -> bool:
         """May this address ask?  A deny wins over any allow."""
@@ -1208,6 +1224,14 @@ class Site:
             return False
         return not server.allow or any(address in network
                                        for network in server.allow)
+
+    def remember(self, line: bytes, reply: Reply) -> None:
+        """Keep a reply that anybody gets for this line until a reload."""
+        if self.lasting and line.endswith(b"\n") and b"@" not in line and (
+                len(reply.data) <= MAX_KNOWN_SIZE):
+            if len(self.known) >= MAX_KNOWN:
+                self.known.clear()
+            self.known[line] = reply
 
     def answer(self, line: bytes, client: str, reached: Callable[[], str],
                deadline: float | None = None) -> Reply | None:
@@ -1441,7 +1465,8 @@ class Client:
 
     def __init__(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
         self.sock = sock
-        self.host = plain_address(address[0])
+        host = address[0]
+        self.host = plain_address(host) if ":" in host else host
         self.port = address[1]
         self.started = time.monotonic()
         self.data = b""                 # what has come of the line
@@ -1521,7 +1546,10 @@ class FingerServer(socketserver.ThreadingTCPServer):
             state: collections.OrderedDict() for state in STATES}
         self.hosts: dict[str, int] = {}     # clients with a state, by address
         self.rates = RateLimit()
-        self.lingering: collections.deque[Client] = collections.deque()
+        self.answered: list[Client] = []    # in the last pass of the loop
+        self.lingering: collections.deque[tuple[float, list[Client]]]
+        self.lingering = collections.deque()    # each pass, with a deadline
+        self.lingerers = 0
         self.lookups = 0                    # threads
         self.answers: collections.deque[tuple[Client, Reply | None, bytes]]
         self.answers = collections.deque()  # from threads
@@ -1549,6 +1577,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
         """Serve until stop(), and then until the clients at hand have left."""
         while not self.done():
             now = time.monotonic()
+            self.let_linger(now)
             self.watch_listeners(now)
             for key, _ in self.selector.select(self.patience(now)):
                 if isinstance(key.data, Client):
@@ -1581,14 +1610,15 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     def crowd(self) -> int:
         """Count the connections."""
-        return sum(map(len, self.clients.values())) + len(self.lingering)
+        return (sum(map(len, self.clients.values())) + self.lingerers
+                + len(self.answered))
 
     def patience(self, now: float) -> float | None:
         """Give the seconds until something is to be done unasked."""
         times = [next(iter(clients)).deadline
                  for clients in self.clients.values() if clients]
         if self.lingering:
-            times.append(self.lingering[0].deadline)
+            times.append(self.lingering[0][0])
         if self.paused_until > now:
             times.append(self.paused_until)
         if self.heartbeat:
@@ -1598,8 +1628,8 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     def wake(self) -> None:
         """Make the loop look around, from any thread."""
-        with contextlib.suppress(BlockingIOError):  # full: it will, anyway
-            self.waker.send(b"\0")
+        with contextlib.suppress(OSError):      # full: it will, anyway; or
+            self.waker.send(b"\0")              # closed, and nobody waits
 
     def take_wake(self, woken: socket.socket) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -1655,7 +1685,11 @@ class FingerServer(socketserver.ThreadingTCPServer):
                 if self.is_starved(error):
                     return
                 continue        # this one has left already: see accept(2)
-            self.attempt(self.begin, Client(sock, address))
+            client = Client(sock, address)
+            try:
+                self.begin(client)
+            except Exception:
+                self.give_up(client)
 
     def is_starved(self, error: OSError) -> bool:
         """Pause if accept failed for want of descriptors; log that once."""
@@ -1686,8 +1720,12 @@ class FingerServer(socketserver.ThreadingTCPServer):
         try:
             step(client, *args)
         except Exception:
-            self.handle_error(client, client.host)
-            self.drop(client)
+            self.give_up(client)
+
+    def give_up(self, client: Client) -> None:
+        """Log the bug that an except clause holds, and drop the client."""
+        self.handle_error(client, client.host)
+        self.drop(client)
 
     def go_on(self, client: Client) -> None:
         """Do what a client has waited for."""
@@ -1710,19 +1748,22 @@ class FingerServer(socketserver.ThreadingTCPServer):
             self.leave(client, "gone")
             return
         line = client.data = client.data + data if client.data else data
-        end = find_line_end(line)
-        if end:
-            line = line[:end.end()]
-        elif not line:
-            self.leave(client, "silent")
-            return
-        elif len(line) > most + 1:
-            self.refuse(client, "too-long")
-            return
-        elif data:
-            self.move(client, "reading")
-            return
-        client.data = strip_telnet(line)
+        if line not in self.site.known:
+            end = find_line_end(line)
+            if end:
+                line = strip_telnet(line[:end.end()])
+            elif not line:
+                self.leave(client, "silent")
+                return
+            elif len(line) > most + 1:
+                self.refuse(client, "too-long")
+                return
+            elif data:
+                self.move(client, "reading")
+                return
+            else:
+                line = strip_telnet(line)
+            client.data = line
         self.process_request(client, client.host)
 
     # From a line to a reply.
@@ -1734,17 +1775,28 @@ class FingerServer(socketserver.ThreadingTCPServer):
                                         time.monotonic()):
             self.refuse(request, "limited")
             return
-        try:
-            self.finish_request(request, client_address)
-        except Exception:
-            self.handle_error(request, client_address)
-            request.reply = FIXED["failed"]
-            request.rest = FIXED["failed"].data
+        reply = self.site.known.get(request.data)
+        if reply:
+            request.reply, request.rest = reply, reply.data
+        else:
+            self.ask_handler(request)
         if request.reply:
             self.send(request)
         else:
             self.move(request, "queued")
             self.start_lookups()
+
+    def ask_handler(self, client: Client) -> None:
+        """Have a handler answer, if it can do so at once."""
+        try:
+            self.finish_request(client, client.host)    # type: ignore
+        except Exception:
+            self.handle_error(client, client.host)
+            client.reply = FIXED["failed"]
+            client.rest = client.reply.data
+        else:
+            if client.reply:
+                self.site.remember(client.data, client.reply)
 
     def start_lookups(self) -> None:
         """Give threads to those that have queued longest."""
@@ -1800,49 +1852,66 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     def send(self, client: Client) -> None:
         """Send what the client will take; then shut down, and log."""
+        rest = client.rest
         try:
-            sent = client.sock.send(client.rest, SEND)
-            if sent == len(client.rest):
+            sent = client.sock.send(rest, SEND)
+            if sent == len(rest):
                 client.sock.shutdown(socket.SHUT_WR)
         except BlockingIOError:
             sent = 0
         except OSError:
             self.leave(client, "gone")
             return
-        client.rest = client.rest[sent:]
-        if client.rest:
+        if sent < len(rest):
+            client.rest = rest[sent:]
             self.move(client, "sending")
             return
+        client.rest = b""
         self.log_query(client, client.reply or FIXED["failed"])
-        self.move(client, "")
-        client.deadline = time.monotonic() + LINGER
-        self.lingering.append(client)
+        if client.state:
+            self.move(client, "")
+        self.answered.append(client)
 
     def log_query(self, client: Client, reply: Reply) -> None:
         """Write the one line of a connection."""
         self.outcomes[reply.outcome] += 1
-        if self.log.level > LEVELS.index("info"):
+        if self.log.level > INFO:
             return
+        line = client.data
+        if len(line) > self.site.max_query:
+            line = strip_line(line)[:self.site.max_query]
         sent = len(client.reply.data) - len(client.rest) if client.reply else 0
-        line = strip_line(client.data)[:self.site.max_query]
         ms = int((time.monotonic() - client.started) * 1000)
         self.log.query(client.host, client.port, line, reply, sent, ms)
 
-    def look_at_lingering(self, now: float) -> None:
-        """See whether those that have their reply have closed.
+    def let_linger(self, now: float) -> None:
+        """Give those who were answered in the last pass a moment to close.
 
-        Most have, after a moment: that is cheaper than to be told of each.
+        Most have closed then: to look is cheaper than to be told of each.
         """
-        while self.lingering and (self.lingering[0].deadline <= now
-                                  or len(self.lingering) > LINGERING):
-            self.attempt(self.read_away, self.lingering.popleft())
+        if self.answered:
+            self.lingering.append((now + LINGER, self.answered))
+            self.lingerers += len(self.answered)
+            self.answered = []
+
+    def look_at_lingering(self, now: float) -> None:
+        """See whether those whose moment is over have closed."""
+        while self.lingering and (self.lingering[0][0] <= now
+                                  or self.lingerers > LINGERING):
+            _, clients = self.lingering.popleft()
+            self.lingerers -= len(clients)
+            for client in clients:
+                try:
+                    self.read_away(client)
+                except Exception:
+                    self.give_up(client)
 
     def read_away(self, client: Client) -> None:
         """Read until the client closes: a close with bytes unread would be
         a reset, and could take the reply from it (RFC 1122 4.2.2.13)."""
         try:
             while client.discarded <= DISCARD:
-                data = client.sock.recv(65536, DONT_WAIT)
+                data = client.sock.recv(1024, DONT_WAIT)
                 if not data:
                     break
                 client.discarded += len(data)
@@ -1861,7 +1930,8 @@ class FingerServer(socketserver.ThreadingTCPServer):
         self.drop(client)
 
     def drop(self, client: Client) -> None:
-        self.move(client, "")
+        if client.state:
+            self.move(client, "")
         client.sock.close()
 
     # States, deadlines, the end.
@@ -1972,7 +2042,8 @@ class FingerServer(socketserver.ThreadingTCPServer):
     def server_close(self) -> None:
         """Close every socket there is."""
         self.close_listeners()
-        for clients in (*self.clients.values(), self.lingering):
+        for clients in (*self.clients.values(), self.answered,
+                        *(clients for _, clients in self.lingering)):
             for client in clients:
                 client.sock.close()
         self.selector.close()
@@ -1999,10 +2070,10 @@ class Listener(socket.socket):
     """A listening socket.  Its accept() is that of socket.socket, less the
     enums that are made there for each client: half the time."""
 
-    def accept(self) -> tuple[socket.socket, Any]:
+    def accept(self) -> tuple[Any, Any]:
         fd, address = self._accept()    # type: ignore[attr-defined]
         family = socket.AF_INET if len(address) == 2 else socket.AF_INET6
-        return socket.socket(family, socket.SOCK_STREAM, 0, fd), address
+        return socket.SocketType(family, socket.SOCK_STREAM, 0, fd), address
 
 
 def address_text(address: tuple[Any, ...]) -> str:

@@ -1292,6 +1292,81 @@ class ForwardTest(unittest.TestCase):
             server.wait_log('reason="connection refused"')
 
 
+class Counter:
+    """A backend that does not wait, and counts how often it is asked."""
+
+    waits = False
+
+    def __init__(self):
+        self.asked = 0
+
+    def lookup(self, user, verbose, client, timeout):
+        self.asked += 1
+        return f"{user} {self.asked}\n"
+
+
+class RememberedTest(unittest.TestCase):
+    """Replies that the server gives again without a question."""
+
+    def test_answers_the_same_again(self):
+        with serving() as server:
+            for _ in range(3):
+                for line, reply in ((b"moshez\r\n", HAPPY),
+                                    (b"moshez\n", HAPPY),
+                                    (b"nobody\r\n", UNKNOWN)):
+                    self.assertEqual(ask(server.address, line), reply)
+            self.assertEqual(set(server.server.site.known), {
+                b"moshez\r\n", b"moshez\n", b"nobody\r\n"})
+
+    def test_takes_no_part_of_a_line_for_a_known_one(self):
+        with serving() as server:
+            for _ in range(2):
+                self.assertEqual(ask(server.address, b"moshez\r\n"), HAPPY)
+                self.assertEqual(ask(server.address, b"moshez", b"x\r\n"),
+                                 UNKNOWN)
+
+    def test_reads_away_what_is_behind_a_known_line(self):
+        with serving() as server:
+            for _ in range(2):
+                self.assertEqual(ask(server.address, b"moshez\r\nmore\r\n"),
+                                 HAPPY)
+
+    def test_counts_and_logs_a_known_line_like_any(self):
+        with serving() as server:
+            for _ in range(3):
+                ask(server.address, b"moshez\r\n")
+            self.assertRegex(
+                server.wait_log('q="moshez" outcome=answered', 3),
+                "backend=users bytes=16 ")
+            self.assertEqual(server.server.outcomes["answered"], 3)
+
+    def test_limits_the_rate_of_known_lines(self):
+        with serving(USERS + "[limits]\nqueries_per_minute = 2\n") as server:
+            replies = [ask(server.address, b"moshez\r\n") for _ in range(3)]
+        self.assertEqual(replies[:2], [HAPPY, HAPPY])
+        self.assertEqual(replies[2], fingerd.FIXED["limited"].data)
+
+    def test_asks_a_backend_again_that_does_not_say_it_lasts(self):
+        counter = Counter()
+        with serving(backends=[("counter", counter)]) as server:
+            self.assertEqual(ask(server.address, b"a\r\n"), b"a 1\r\n")
+            self.assertEqual(ask(server.address, b"a\r\n"), b"a 2\r\n")
+
+    def test_remembers_no_more_than_so_many_and_so_much(self):
+        with serving() as server:
+            site = server.server.site
+            reply = fingerd.FIXED["unknown"]
+            for number in range(3 * fingerd.MAX_KNOWN):
+                site.remember(b"%d\n" % number, reply)
+                self.assertLessEqual(len(site.known), fingerd.MAX_KNOWN)
+            self.assertIn(b"%d\n" % number, site.known)
+            large = reply._replace(data=b"x" * (fingerd.MAX_KNOWN_SIZE + 1))
+            for line, kept in ((b"large\n", large), (b"a@b\n", reply),
+                               (b"no end", reply)):
+                site.remember(line, kept)
+                self.assertNotIn(line, site.known)
+
+
 class LimitsTest(unittest.TestCase):
     """Clients that are slow, many, or rude cost nobody else anything."""
 
