@@ -24,15 +24,14 @@ Sections, from the protocol outward to the operating system:
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import errno
 import fcntl
 import functools
+import getopt
 import grp
 import io
-import ipaddress
 import math
 import os
 import pwd
@@ -47,7 +46,6 @@ import stat
 import sys
 import threading
 import time
-import traceback
 import types
 from typing import Any, Callable, Container, Iterable, Iterator, NamedTuple
 
@@ -64,6 +62,15 @@ def reason(error: OSError) -> str:
     """Say what went wrong; the system's words in lower case, no number."""
     text = (error.strerror or "").lower() or str(error) or "no reason given"
     return f"{text}: {error.filename}" if error.filename else text
+
+
+def format_traceback() -> str:
+    """Spell the exception at hand with the way to it, for the log."""
+    try:
+        import traceback  # slow to load, and hardly ever needed
+    except (ImportError, OSError):      # no descriptor left to read it
+        return repr(sys.exc_info()[1])
+    return traceback.format_exc()
 
 
 # ---- Query ----------------------------------------------------------------
@@ -419,6 +426,9 @@ def hosts(text: str) -> tuple[str, ...]:
 
 def networks(text: str) -> tuple[Any, ...]:
     """Convert networks in CIDR notation; an address is one, too."""
+    if not text:
+        return ()
+    import ipaddress  # only for those who name networks: 2 ms, 1 MiB
     result = []
     for word in words(text):
         try:
@@ -1191,7 +1201,7 @@ def address_key(host: str) -> str:
     """Give what counts as one address: an IPv4 address, an IPv6 /64."""
     if ":" not in host:
         return host
-    return str(ipaddress.ip_network((host, 64), strict=False))
+    return socket.inet_pton(socket.AF_INET6, host)[:8].hex()
 
 
 class Site:
@@ -1218,8 +1228,11 @@ class Site:
 
     def find_access(self, host: str) -> bool:
         """May this address ask?  A deny wins over any allow."""
-        address = ipaddress.ip_address(host)
         server = self.config.server
+        if not server.allow and not server.deny:
+            return True
+        import ipaddress  # networks() has loaded it
+        address = ipaddress.ip_address(host)
         if any(address in network for network in server.deny):
             return False
         return not server.allow or any(address in network
@@ -1316,7 +1329,7 @@ class Site:
                            reason=reason(error))
         except Exception:
             self.log.event("error", "bug", backend=name, client=args[-1],
-                           traceback=traceback.format_exc())
+                           traceback=format_traceback())
         raise BackendFailed(name)
 
     def frame(self, data: bytes) -> bytes:
@@ -1837,7 +1850,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log a bug, with the traceback that leads to it."""
         self.log.event("error", "bug", client=client_address,
-                       traceback=traceback.format_exc())
+                       traceback=format_traceback())
 
     def shutdown_request(self, request: Any) -> None:
         """Do nothing at a thread's end: the loop sends, and closes."""
@@ -2354,7 +2367,7 @@ def load_late_imports() -> None:
     try:
         raise ValueError
     except ValueError:
-        traceback.format_exc()      # has imports of its own
+        format_traceback()      # has imports of its own
     with contextlib.suppress(OSError):      # glibc ends threads with it, and
         ctypes.CDLL("libgcc_s.so.1")        # aborts where it is not found
 
@@ -2551,8 +2564,9 @@ class Daemon:
         if self.pidfile:
             self.pidfile.remove()
         signal.set_wakeup_fd(-1)
-        for number in SIGNALS:      # it is too late for more
-            signal.signal(number, signal.SIG_IGN)
+        # It is too late for more.  To ignore them would not do: Python
+        # complains of one that has come, but has no handler any more.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
     # Signals.
 
@@ -2633,7 +2647,7 @@ class Daemon:
 BUNDLE_MAIN = "import fingerd, sys\nsys.exit(fingerd.main())\n"
 COMMANDS = {
     "check": "check the config: status 0 if good, 2 if not",
-    "status": "tell whether the daemon of the pidfile runs: 0 yes, 3 no",
+    "status": "tell whether the pidfile's daemon runs: 0 yes, 3 no",
     "stop": "stop it, and wait until it has ended",
     "reload": "have it take up its config anew",
     "inetd": "serve the one connection on standard input",
@@ -2642,40 +2656,69 @@ COMMANDS = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """Leaves messages and the exit to main."""
+class Option(NamedTuple):
+    """One option of the command line."""
 
-    def error(self, message: str) -> Any:
-        raise ConfigError(f"{message}; see --help")
+    flags: tuple[str, ...]
+    name: str           # of what it sets
+    argument: str       # what must follow it; "" for nothing
+    value: Any          # that it sets when nothing follows
+    help: str
 
 
-def make_parser() -> Parser:
-    """Build the parser; options that override a setting come from SETTINGS."""
-    parser = Parser(
-        prog="fingerd.py", add_help=False, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Answer finger queries (RFC 1288) from a config file.")
-    parser.add_argument("--config", metavar="FILE",
-                        help=f"the config; else {' or '.join(CONFIG_FILES)}")
-    for row in SETTINGS:
-        if row.flags:
-            parser.add_argument(*row.flags, dest=row.name, metavar="VALUE",
-                                help=row.help)
-    for flags, name, value in (
-            (("-d", "--daemon"), "daemonize", "yes"),
-            (("-n", "--nodaemon"), "daemonize", "no"),
-            (("--syslog",), "to", "syslog")):
-        parser.add_argument(*flags, dest=name, action="store_const",
-                            const=value, help=f"{name} = {value}")
-    for name, does in COMMANDS.items():
-        parser.add_argument("--" + name, action="store_true", help=does)
-    parser.add_argument("--query", metavar="LINE",
-                        help="print what a client would get, and end")
-    parser.add_argument("--from", metavar="ADDRESS", dest="client",
-                        help="for --query: the client's address")
-    parser.add_argument("--bundle", metavar="FILE",
-                        help="write one program that has every backend")
-    return parser
+def make_options() -> list[Option]:
+    """List the options; those that override a setting come from SETTINGS."""
+    return [
+        Option(("--config",), "config", "FILE", None,
+               f"the config; else {' or '.join(CONFIG_FILES)}"),
+        *(Option(row.flags, row.name, "VALUE", None, row.help)
+          for row in SETTINGS if row.flags),
+        Option(("-d", "--daemon"), "daemonize", "", "yes", "daemonize = yes"),
+        Option(("-n", "--nodaemon"), "daemonize", "", "no", "daemonize = no"),
+        Option(("--syslog",), "to", "", "syslog", "to = syslog"),
+        *(Option(("--" + name,), name, "", True, does)
+          for name, does in COMMANDS.items()),
+        Option(("--query",), "query", "LINE", None,
+               "print what a client would get, and end"),
+        Option(("--from",), "client", "ADDRESS", None,
+               "for --query: the client's address"),
+        Option(("--bundle",), "bundle", "FILE", None,
+               "write one program that has every backend"),
+    ]
+
+
+def parse_options(argv: list[str]) -> types.SimpleNamespace:
+    """Give what the options set, None for the others, or ConfigError.
+
+    getopt, for argparse takes as long to load as all else that we need.
+    """
+    rows = {flag: row for row in make_options() for flag in row.flags}
+    short = "".join(flag[1:] + ":" * bool(row.argument)
+                    for flag, row in rows.items() if flag[1] != "-")
+    long = [flag[2:] + "=" * bool(row.argument)
+            for flag, row in rows.items() if flag[1] == "-"]
+    try:
+        found, rest = getopt.gnu_getopt(argv, short, long)
+    except getopt.GetoptError as error:
+        raise ConfigError(f"{error}; see --help") from None
+    if rest:
+        raise ConfigError(f'"{rest[0]}" is no option; see --help')
+    args = types.SimpleNamespace(**{row.name: None for row in rows.values()})
+    for flag, value in found:
+        row = rows[flag]
+        setattr(args, row.name, value if row.argument else row.value)
+    return args
+
+
+def help_text() -> str:
+    """Spell what --help prints."""
+    lines = ["usage: fingerd.py [OPTION]...", "",
+             "Answer finger queries (RFC 1288) from a config file.", "",
+             "options:"]
+    for row in make_options():
+        flags = ", ".join(row.flags) + f" {row.argument}".rstrip()
+        lines.append(f"  {flags:20} {row.help}")
+    return "\n".join([*lines, "", settings_text(), ""])
 
 
 def settings_text() -> str:
@@ -2716,6 +2759,7 @@ def find_config(path: str | None) -> str:
 
 def print_reply(config: Any, log: Log, line: str, client: str) -> int:
     """Print what this client would get for a line; 1 if a backend failed."""
+    import ipaddress  # not needed to serve
     try:
         client = plain_address(client)
         ipaddress.ip_address(client)
@@ -2747,7 +2791,7 @@ def say_reply(site: Site, line: str, client: str) -> int:
     return 1 if reply.outcome == "failed" else 0
 
 
-def control(args: argparse.Namespace, pidfile: str, timeout: float) -> int:
+def control(args: types.SimpleNamespace, pidfile: str, timeout: float) -> int:
     """Act on the running daemon; give the exit status."""
     if not pidfile:
         raise ConfigError("there is no pidfile to know the daemon by; set"
@@ -2842,7 +2886,7 @@ def write_bundle(path: str) -> None:
                          ) from None
 
 
-def run(args: argparse.Namespace, log: Log) -> int:
+def run(args: types.SimpleNamespace, log: Log) -> int:
     """Do what the options say; give the exit status."""
     if args.client is not None and args.query is None:
         raise ConfigError("--from: goes with --query only")
@@ -2859,7 +2903,7 @@ def run(args: argparse.Namespace, log: Log) -> int:
         raise
 
 
-def run_config(args: argparse.Namespace, log: Log,
+def run_config(args: types.SimpleNamespace, log: Log,
                sock: socket.socket | None = None) -> int:
     """Read the config, and do what needs it; give the exit status."""
     def report(backend: str, text: str) -> None:
@@ -2927,14 +2971,12 @@ def open_standard_streams() -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run fingerd; give its status: 0 done, 1 failed, 2 bad use or config."""
     open_standard_streams()
-    parser = make_parser()
     try:
-        args = parser.parse_args(argv)
+        args = parse_options(sys.argv[1:] if argv is None else argv)
         if args.version:
             say(f"fingerd {__version__}\n".encode())
         elif args.help:
-            parser.epilog = settings_text()
-            say(parser.format_help().encode())
+            say(help_text().encode())
         else:
             return run(args, Log())
     except ConfigError as error:

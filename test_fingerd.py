@@ -2756,10 +2756,12 @@ class CommandLineTest(unittest.TestCase):
         for args, message in [
                 (["--config", ""], "cannot read the config: no such file or"
                  " directory; name another with --config"),
-                (["--listne", "x"], "unrecognized arguments: --listne x;"
+                (["--listne", "x"], "option --listne not recognized;"
                                     " see --help"),
-                (["--config"], "argument --config: expected one argument;"
+                (["--config"], "option --config requires argument;"
                                " see --help"),
+                (["--check", "fingerd.conf"], '"fingerd.conf" is no option;'
+                                              " see --help"),
                 (["--from", "::1"], "--from: goes with --query only"),
                 (["--config", str(EXAMPLE), "--query", "x", "--from", "me"],
                  '--from: "me" is not an address; write e.g. --from'
