@@ -2497,7 +2497,7 @@ class Daemon:
         daemon = self.config.daemon
         rundir = daemon.rundir or (
             "/" if daemon.daemonize or daemon.chroot else "")
-        if self.ids or daemon.chroot:
+        if self.ids and self.ids[1] or daemon.chroot:
             load_late_imports()
         try:
             if daemon.chroot:

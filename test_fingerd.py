@@ -4609,6 +4609,114 @@ class WebBackendTest(BackendCase):
             "'OSError'", "None", "safe", "OSError", "x"])
 
 
+# ---- Fuzzers --------------------------------------------------------------
+
+# The tests run a round with a fixed seed; `python3 test_fingerd.py fuzz` runs
+# on, each round with the next seed, and names the one that fails.
+
+FUZZ_LINE = [
+    b"/W", b"@", b" ", b"\t", b"\r", b"\n", b"\r\n", b"\0", b"\xff",
+    b"\xff\xfa", b"\xff\xf0", b"\xff\xfb\x01", b"moshez", b"shap",
+    b"localhost", b"-", b"\xc3\xa9", b"\xe2\x80\xae", b"\x1b[2J", b"\x9b",
+    b"../", b"%s", b"x" * 300]
+FUZZ_CONFIG = [
+    "[", "]", "=", "\n", "\n  ", "#", ":", "\t", "\r", "\0", "\u202e", "\ud800",
+    "/", "0", "-1", "99999999999999999999", "1e9", "::1", "yes", "{user}",
+    "$user", "[users]\n", "[limits]\n", "[web:a]\n", "timeout = 10\n",
+    "backend = users\n", "a = b\n"]
+UNSAFE_ON_WIRE = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e"
+                            "\u2066-\u2069]|[^\r]\n|\r[^\n]|[^\n]\\Z")
+
+
+def fuzz_query(seeded, server):
+    """Ask once, in some way that a client may; no reply may do harm."""
+    pieces = [seeded.choice(FUZZ_LINE) for _ in range(seeded.randrange(9))]
+    if seeded.randrange(4):
+        pieces.append(b"\r\n")
+    ending = seeded.choice(["half-close", "half-close", "reset"])
+    with connect(server.address) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for piece in pieces if seeded.randrange(2) else [b"".join(pieces)]:
+            sock.sendall(piece)
+        if ending == "reset":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                            struct.pack("ii", 1, 0))
+            return
+        sock.shutdown(socket.SHUT_WR)
+        reply = read_all(sock).decode()
+    if UNSAFE_ON_WIRE.search(reply):
+        raise AssertionError(f"{pieces} got {reply!r}")
+
+
+def fuzz_config(seeded):
+    """Spoil a config; it is refused with reasons, or serves as a whole."""
+    text = EXAMPLE.read_text()
+    if seeded.randrange(2):
+        text = re.sub(r"(?m)^#(?! )", "", text)     # every setting there is
+    for _ in range(seeded.randrange(1, 4)):
+        start = seeded.randrange(len(text))
+        end = start + seeded.choice([0, 1, 3, 40])
+        text = text[:start] + seeded.choice(FUZZ_CONFIG) + text[end:]
+    data = text.encode("utf-8", "surrogatepass")
+    try:
+        config = read_config(data)
+    except fingerd.ConfigError as error:
+        if not all(re.search(r"[^:]+: .|, not started", line)
+                   for line in str(error).splitlines()):
+            raise AssertionError(f"{error} for {data!r}") from None
+        return
+    if not config.backends or len(config.texts) < len(fingerd.SETTINGS):
+        raise AssertionError(f"half a config of {data!r}")
+
+
+def fuzz_round(seed, queries=300, configs=100):
+    """Fuzz a server and the reader of configs; AssertionError if any fails."""
+    seeded = random.Random(seed)
+    with serving(USERS + "[server]\nuser_list = yes\n") as server:
+        for _ in range(queries):
+            fuzz_query(seeded, server)
+        server.wait_log("^[^ ]+ query ", queries)
+        if server.ask(b"moshez\r\n") != HAPPY:
+            raise AssertionError("it answers no more")
+        bugs = [line for line in server.log() if " query " not in line]
+        if bugs:
+            raise AssertionError("\n".join(bugs))
+    for _ in range(configs):
+        fuzz_config(seeded)
+
+
+class FuzzTest(unittest.TestCase):
+    def test_survives_a_round(self):
+        fuzz_round(1288)
+
+    def test_finds_what_is_unsafe(self):
+        for reply, found in [("ok\r\n", False), ("a\tb\r\n\r\n", False),
+                             ("", False), ("a\n", True), ("a\rb\r\n", True),
+                             ("a", True), ("\x1b\r\n", True)]:
+            with self.subTest(reply=reply):
+                self.assertEqual(bool(UNSAFE_ON_WIRE.search(reply)), found)
+
+
+def fuzz_main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="test_fingerd.py fuzz")
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=1288,
+                        help="of the first round (default 1288)")
+    options = parser.parse_args(argv)
+    until = time.monotonic() + options.seconds
+    seed = options.seed
+    while time.monotonic() < until:
+        try:
+            fuzz_round(seed)
+        except Exception:
+            print(f"--seed {seed} fails:")
+            raise
+        seed += 1
+    print(f"{seed - options.seed} rounds, the last with --seed {seed - 1}:"
+          " nothing found")
+    return 0
+
+
 # ---- Other people's clients -----------------------------------------------
 
 class ClientsTest(unittest.TestCase):
@@ -5410,4 +5518,6 @@ def bench_main(argv: list[str]) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["bench"]:
         sys.exit(bench_main(sys.argv[2:]))
+    if sys.argv[1:2] == ["fuzz"]:
+        sys.exit(fuzz_main(sys.argv[2:]))
     unittest.main()
