@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
+import errno
 import functools
 import glob
 import grp
@@ -1551,6 +1552,93 @@ def status_of(pid, key):
 
 
 # ---- Process --------------------------------------------------------------
+
+class Faulty:
+    """A client's socket, one call of which fails once."""
+
+    def __init__(self, sock, call, error):
+        self.sock = sock
+        self.call = call
+        self.error = error
+
+    def __getattr__(self, name):
+        if name == self.call:
+            self.call = ""
+            raise self.error
+        return getattr(self.sock, name)
+
+
+class FaultsTest(unittest.TestCase):
+    """What the system may say to a call, and cannot be made to say here."""
+
+    def ask_with_fault(self, server, call, error):
+        """Have the next client meet the fault; give its reply, if any."""
+        accept = fingerd.Listener.accept
+        faults = [error]
+
+        def fail(listener):
+            if call == "accept" and faults:
+                raise faults.pop()
+            sock, address = accept(listener)
+            if faults:
+                sock = Faulty(sock, call, faults.pop())
+            return sock, address
+
+        with mock.patch.object(fingerd.Listener, "accept", fail):
+            reply = b""
+            with contextlib.suppress(ConnectionError):
+                reply = server.ask(b"moshez\r\n")
+            self.assertEqual(faults, [])
+            self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+        return reply
+
+    def test_accept_may_fail_in_any_way(self):
+        with mock.patch.object(fingerd, "PAUSE", 0.01), serving() as server:
+            starved = 0
+            for name in ("ECONNABORTED", "EPERM", "EPROTO", "ENETDOWN",
+                         "EHOSTUNREACH", "EOPNOTSUPP", "ETIMEDOUT", "EINTR",
+                         "EMFILE", "ENFILE", "ENOBUFS", "ENOMEM", "EAGAIN"):
+                with self.subTest(error=name):
+                    number = getattr(errno, name)
+                    self.assertEqual(self.ask_with_fault(
+                        server, "accept", OSError(number, "x")), HAPPY)
+                    starved += name in ("EMFILE", "ENFILE", "ENOBUFS",
+                                        "ENOMEM")
+                    self.assertEqual(sum("starved" in line
+                                         for line in server.log()), starved)
+            self.assertNotIn(" bug ", "\n".join(server.log()))
+
+    def test_a_client_whose_calls_fail_costs_nobody_else(self):
+        gone = 0
+        with serving() as server:
+            for call, name in [
+                    ("recv", "ECONNRESET"), ("recv", "ETIMEDOUT"),
+                    ("recv", "EHOSTUNREACH"), ("recv", "ENOMEM"),
+                    ("recv", "EAGAIN"), ("send", "EPIPE"),
+                    ("send", "ECONNRESET"), ("send", "ENOBUFS"),
+                    ("send", "ENOMEM"), ("send", "EAGAIN"),
+                    ("shutdown", "ENOTCONN"), ("shutdown", "ECONNRESET")]:
+                with self.subTest(call=call, error=name):
+                    reply = self.ask_with_fault(
+                        server, call, OSError(getattr(errno, name), "x"))
+                    if name == "EAGAIN":
+                        self.assertEqual(reply, HAPPY)
+                    else:
+                        gone += 1
+                        server.wait_log("outcome=gone", gone)
+            self.assertNotIn(" bug ", "\n".join(server.log()))
+
+    def test_threads_that_cannot_be_had_fail_only_who_needs_one(self):
+        slow = TestBackend(lambda user, timeout: "slow\n")
+        with serving(backends=[("slow", slow)]) as server:
+            with mock.patch("threading.Thread.start", side_effect=RuntimeError(
+                    "can't start new thread")):
+                self.assertEqual(server.ask(b"other\r\n"),
+                                 fingerd.FIXED["failed"].data)
+                self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+            server.wait_log("starved reason=\"can't start new thread\"")
+            self.assertEqual(server.ask(b"other\r\n"), b"slow\r\n")
+
 
 class ProcessTest(unittest.TestCase):
     """The program itself, started as a user would."""
@@ -4620,10 +4708,10 @@ FUZZ_LINE = [
     b"localhost", b"-", b"\xc3\xa9", b"\xe2\x80\xae", b"\x1b[2J", b"\x9b",
     b"../", b"%s", b"x" * 300]
 FUZZ_CONFIG = [
-    "[", "]", "=", "\n", "\n  ", "#", ":", "\t", "\r", "\0", "\u202e", "\ud800",
-    "/", "0", "-1", "99999999999999999999", "1e9", "::1", "yes", "{user}",
-    "$user", "[users]\n", "[limits]\n", "[web:a]\n", "timeout = 10\n",
-    "backend = users\n", "a = b\n"]
+    "[", "]", "=", "\n", "\n  ", "#", ":", "\t", "\r", "\0", "\u202e",
+    "\ud800", "/", "0", "-1", "99999999999999999999", "1e9", "::1", "yes",
+    "{user}", "$user", "[users]\n", "[limits]\n", "[web:a]\n",
+    "timeout = 10\n", "backend = users\n", "a = b\n"]
 UNSAFE_ON_WIRE = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e"
                             "\u2066-\u2069]|[^\r]\n|\r[^\n]|[^\n]\\Z")
 
