@@ -1228,11 +1228,11 @@ class Site:
 
     def find_access(self, host: str) -> bool:
         """May this address ask?  A deny wins over any allow."""
-        server = self.config.server
-        if not server.allow and not server.deny:
+        if not self.guarded:
             return True
         import ipaddress  # networks() has loaded it
         address = ipaddress.ip_address(host)
+        server = self.config.server
         if any(address in network for network in server.deny):
             return False
         return not server.allow or any(address in network
@@ -1240,8 +1240,9 @@ class Site:
 
     def remember(self, line: bytes, reply: Reply) -> None:
         """Keep a reply that anybody gets for this line until a reload."""
-        if self.lasting and line.endswith(b"\n") and b"@" not in line and (
-                len(reply.data) <= MAX_KNOWN_SIZE):
+        if self.lasting and reply.outcome != "failed" and (
+                line.endswith(b"\n") and b"@" not in line
+                and len(reply.data) <= MAX_KNOWN_SIZE):
             if len(self.known) >= MAX_KNOWN:
                 self.known.clear()
             self.known[line] = reply
@@ -2363,6 +2364,7 @@ def load_late_imports() -> None:
     import ctypes
     import difflib  # noqa: F401
     import encodings.idna  # noqa: F401
+    import ipaddress  # noqa: F401
     import json  # noqa: F401
     try:
         raise ValueError

@@ -1363,7 +1363,8 @@ class RememberedTest(unittest.TestCase):
             self.assertIn(b"%d\n" % number, site.known)
             large = reply._replace(data=b"x" * (fingerd.MAX_KNOWN_SIZE + 1))
             for line, kept in ((b"large\n", large), (b"a@b\n", reply),
-                               (b"no end", reply)):
+                               (b"no end", reply),
+                               (b"failed\n", fingerd.FIXED["failed"])):
                 site.remember(line, kept)
                 self.assertNotIn(line, site.known)
 
@@ -2519,7 +2520,8 @@ class PrivilegesTest(unittest.TestCase):
             chroot = program.directory
             self.assertEqual(program.start("--chroot", chroot), (0, "", ""))
             address = program.address
-            program.write("[users]\nmoshez = new\n")
+            program.write("[server]\nallow = 127.0.0.0/8 ::1\n"
+                          "[users]\nmoshez = new\n")
             os.chmod(program.config, 0o644)
             program.rotate()
             os.kill(program.pid, signal.SIGHUP)
