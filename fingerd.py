@@ -29,6 +29,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import gc
 import getopt
 import grp
 import io
@@ -808,19 +809,20 @@ class ConfigReader:
         """Put one setting into its section."""
         name, equals, text = block[0].partition("=")
         name = name.rstrip()
+        key = name.lower()
         if not equals or not name:
             self.error(start, f'"{block[0]}" is neither a section nor a'
                               " setting; write [section] or name = value")
         elif section is None:
             self.error(start, f"{name}: stands in no section; write"
                               " its [section] above it")
-        elif name.lower() in section.entries:
-            known = section.entries[name.lower()]
+        elif key in section.entries:
+            known = section.entries[key]
             self.error(start, f"{name}: stands on line {known.line} already;"
                               " keep one of the two")
         else:
             text = join_lines(text.lstrip(), block[1:])
-            section.entries[name.lower()] = Entry(start, name, text, indented)
+            section.entries[key] = Entry(start, name, text, indented)
 
     # From texts to values.
 
@@ -2068,6 +2070,8 @@ class FingerServer(socketserver.ThreadingTCPServer):
 # ---- Process --------------------------------------------------------------
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+READ = 0                        # no signal, but acted on like one
+TURN = 0.0002                   # seconds the loop waits for a busy thread
 PIDFILE_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 DEFAULT_TIMEOUT = 60.0          # seconds, where the config does not tell
 STOP_PATIENCE = 5.0             # seconds beyond the timeout, for --stop
@@ -2449,6 +2453,8 @@ class Daemon:
         self.root = ""                  # the chroot that we are in
         self.ids: tuple[str, int, int] | None = None    # whom we became
         self.pidfile: Pidfile | None = None
+        self.reloads = 0                # asked for and not done
+        self.read: Any = None           # what the last one of them found
         self.server: FingerServer
 
     def run(self) -> None:
@@ -2458,6 +2464,7 @@ class Daemon:
         of it before the fork.
         """
         os.umask(self.config.daemon.umask)
+        sys.setswitchinterval(TURN)
         site = Site(self.config, self.log)
         with contextlib.ExitStack() as opened:
             listeners = passed_listeners() or open_listeners(
@@ -2581,7 +2588,8 @@ class Daemon:
         self.server.actions = {
             signal.SIGTERM: functools.partial(self.stop, "SIGTERM"),
             signal.SIGINT: functools.partial(self.stop, "SIGINT"),
-            signal.SIGHUP: self.reload, signal.SIGUSR1: self.log_counters}
+            signal.SIGHUP: self.reload, signal.SIGUSR1: self.log_counters,
+            READ: self.take_read}
         for number in SIGNALS:
             signal.signal(number, note)
         # A launcher may have left it ignored: then no program has a status.
@@ -2597,34 +2605,75 @@ class Daemon:
     def reload(self) -> None:
         """Take up the config anew: all of it or, if it is bad, nothing.
 
-        The log file is opened anew in both cases.
+        The log file is opened anew in both cases.  A thread reads, and the
+        loop serves on: a long config takes seconds.
         """
         if self.server.stop_deadline is not None:
             return
+        self.reloads += 1
+        if self.reloads > 1:    # one is being read, and may be old already
+            return
         self.notifier.tell("RELOADING=1",
                            f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self.start_reading()
+
+    def start_reading(self) -> None:
+        """Have a thread read the config; without one, read it here."""
+        reader = threading.Thread(target=self.read_anew, daemon=True)
+        try:
+            reader.start()
+        except RuntimeError:
+            self.read_anew()
+
+    def read_anew(self) -> None:
+        """Read the config, and let the loop know what came of it."""
+        gc.collect()        # a web backend that was replaced is a cycle
         try:
             config = self.reader(self.path(self.config.path),
                                  old=self.config).read()
             if config.log.to not in ("stderr", "syslog"):
                 config.log.to = self.path(config.log.to)
-            site = Site(config, self.log)
-            self.log.open(config.log)
+            self.read = config, Site(config, self.log)
         except Exception as error:      # whatever it is, the old one serves
-            with contextlib.suppress(OSError):
-                self.log.open(self.config.log)
-            text = (reason(error) if isinstance(error, OSError)
-                    else str(error) or repr(error))
-            for line in text.splitlines():
-                self.log.event("warning", "reload-failed", reason=line)
+            self.read = error
+        self.server.signals.append(READ)
+        self.server.wake()
+
+    def take_read(self) -> None:
+        """Serve by the config that has been read, or keep the old one."""
+        if self.server.stop_deadline is not None:
+            return
+        try:
+            if isinstance(self.read, Exception):
+                raise self.read
+            self.change_config(*self.read)
+        except Exception as error:
+            self.keep_config(error)
+        self.read = None
+        self.reloads = min(self.reloads - 1, 1)
+        if self.reloads:
+            self.start_reading()
         else:
-            config.path = self.config.path
-            self.tell_what_stays(config)
-            fit_max_clients(config, self.log)
-            self.server.change_site(site)
-            self.config = config
-            self.log.event("notice", "reloaded", config=config.path)
-        self.notifier.tell("READY=1")
+            self.notifier.tell("READY=1")
+
+    def change_config(self, config: Any, site: Site) -> None:
+        """Go on by another config; raise OSError if its log cannot be had."""
+        self.log.open(config.log)
+        config.path = self.config.path
+        self.tell_what_stays(config)
+        fit_max_clients(config, self.log)
+        self.server.change_site(site)
+        self.config = config
+        self.log.event("notice", "reloaded", config=config.path)
+
+    def keep_config(self, error: Exception) -> None:
+        """Say why the old config stays, in a log that is opened anew."""
+        with contextlib.suppress(OSError):
+            self.log.open(self.config.log)
+        text = (reason(error) if isinstance(error, OSError)
+                else str(error) or repr(error))
+        for line in text.splitlines():
+            self.log.event("warning", "reload-failed", reason=line)
 
     def tell_what_stays(self, config: Any) -> None:
         """Log what a reload would have to change, but cannot."""

@@ -41,6 +41,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import types
 import unittest
 import zipfile
 import zlib
@@ -1629,6 +1630,45 @@ class FaultsTest(unittest.TestCase):
                         server.wait_log("outcome=gone", gone)
             self.assertNotIn(" bug ", "\n".join(server.log()))
 
+    def test_a_file_that_cannot_be_opened_is_named_with_the_reason(self):
+        with tempfile.TemporaryDirectory() as directory, serving() as server:
+            path = os.path.join(directory, "x")
+            settings = types.SimpleNamespace(to=path, format="text")
+            for name in ("EACCES", "EDQUOT", "EINTR", "EIO", "EISDIR",
+                         "ELOOP", "EMFILE", "ENAMETOOLONG", "ENFILE",
+                         "ENODEV", "ENOENT", "ENOMEM", "ENOSPC", "ENOTDIR",
+                         "ENXIO", "EPERM", "EROFS", "ETXTBSY"):
+                number = getattr(errno, name)
+                words = os.strerror(number).lower() + ": " + path
+                error = OSError(number, os.strerror(number), path)
+                with self.subTest(error=name):
+                    with mock.patch("builtins.open", side_effect=error), \
+                            self.assertRaises(fingerd.ConfigError) as caught:
+                        fingerd.ConfigReader(path, print).read()
+                    self.assertIn(words, str(caught.exception))
+                    with mock.patch("os.open", side_effect=error):
+                        with self.assertRaises(fingerd.StartError) as failed:
+                            fingerd.Pidfile(path)
+                        self.assertIn(words, str(failed.exception))
+                        with self.assertRaises(OSError):
+                            server.server.log.open(settings)
+                    self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+            server.wait_log("outcome=answered", 18)     # the log went on
+
+    def test_a_clock_that_is_set_changes_nothing_but_the_times(self):
+        now = time.time()
+        with serving("[limits]\ntimeout = 0.2\nqueries_per_minute = 60\n"
+                     + USERS) as server:
+            for clock in (now, now + 86400, now - 86400, 0, -3600, 2 ** 33):
+                with self.subTest(clock=clock), \
+                        connect(server.address) as silent, \
+                        mock.patch("time.time", lambda clock=clock: clock):
+                    self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+                    self.assertEqual(read_all(silent), b"Query timed out\r\n")
+                    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ",
+                                          time.gmtime(int(clock)))
+                    server.wait_log(f"^{stamp} query .*outcome=answered")
+
     def test_threads_that_cannot_be_had_fail_only_who_needs_one(self):
         slow = TestBackend(lambda user, timeout: "slow\n")
         with serving(backends=[("slow", slow)]) as server:
@@ -1746,20 +1786,24 @@ class ProcessTest(unittest.TestCase):
                 program.wait_line("full clients=3 limit=3")
 
     @unittest.skipUnless(os.path.exists("/proc/self/status"), "no /proc here")
-    def test_3000_silent_clients_cost_no_thread_and_little_memory(self):
-        if not raise_descriptors(3200):
-            self.skipTest("the limit of open files is below 3,200")
-        text = "[limits]\nmax_clients_per_host = 5000\n" + USERS
+    def test_10000_clients_cost_no_thread_and_little_memory(self):
+        count = 10000 if raise_descriptors(10300) else 500
+        text = ("[limits]\nmax_clients = 11000\nmax_clients_per_host = 11000"
+                "\ntimeout = 60\n" + USERS)
         with daemon(text) as program, contextlib.ExitStack() as stack:
             address = program.address
             self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
             before = status_of(program.pid, "VmRSS")
-            for _ in range(3000):
-                stack.enter_context(connect(address))
+            socks = [stack.enter_context(connect(address))
+                     for _ in range(count)]
             self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
             self.assertEqual(status_of(program.pid, "Threads"), 1)
             grown = status_of(program.pid, "VmRSS") - before
-            self.assertLess(grown, 12 * 1024)
+            self.assertLess(grown, 1024 + count)
+            for sock in socks:      # and now they all ask at once
+                sock.sendall(b"moshez\r\n")
+            for sock in socks:
+                self.assertEqual(read_all(sock), HAPPY)
 
     @unittest.skipUnless(hasattr(resource, "prlimit"), "no prlimit(2) here")
     def test_pauses_when_descriptors_are_out_and_goes_on_after(self):
@@ -2258,6 +2302,39 @@ class ReloadTest(unittest.TestCase):
             program.wait_log("outcome=answered", sum(asked))
             self.assertEqual(len([line for line in program.log()
                                   if " query " in line]), sum(asked))
+
+    def test_a_config_that_is_long_in_coming_holds_nobody_up(self):
+        other = "[users]\nmoshez = Other words\n"
+        with background() as program:
+            os.unlink(program.config)
+            os.mkfifo(program.config)
+            os.chmod(program.config, 0o644)
+            os.kill(program.pid, signal.SIGHUP)
+            with open(program.config, "wb", 0) as writer:   # it is reading
+                self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+                for _ in range(3):      # one of them is enough
+                    os.kill(program.pid, signal.SIGHUP)
+                self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+                writer.write(b"nonsense")
+            program.wait_log("reload-failed")
+            program.write(other)        # waits until it reads again
+            program.wait_log(" reloaded ")
+            self.assertEqual(ask(program.address, b"moshez\r\n"),
+                             b"Other words\r\n")
+            os.kill(program.pid, signal.SIGHUP)
+            with open(program.config, "wb", 0):     # --stop needs the file
+                os.unlink(program.config)
+                program.write(other)
+                self.assertEqual(program.run("--stop"), (0, "", ""))
+
+    def test_reloads_without_a_thread_when_there_is_none(self):
+        def limit():
+            resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+        with daemon(preexec_fn=limit) as program:
+            address = program.address
+            program.process.send_signal(signal.SIGHUP)
+            program.wait_line(" reloaded |cannot read the config: permission")
+            self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
 
     def test_clients_that_are_here_get_the_new_limits(self):
         with background("[limits]\ntimeout = 60\n" + USERS) as program:
@@ -3664,6 +3741,23 @@ class FingerBackendTest(BackendCase):
             f"^{path}: cannot be run: No such file or directory$",
             self.ask, backend, "alice")
 
+    def test_fork_and_exec_may_fail_in_any_way(self):
+        backend = self.make_script("echo hi")
+        target = "subprocess._fork_exec"
+        if not hasattr(subprocess, "_fork_exec"):
+            target = "_posixsubprocess.fork_exec"
+        for name in ("EAGAIN", "ENOMEM", "ENOSYS", "EPERM", "E2BIG", "EIO",
+                     "EINVAL", "EISDIR", "ELIBBAD", "ELOOP", "ENAMETOOLONG",
+                     "ENFILE", "ENOTDIR", "ETXTBSY"):
+            number = getattr(errno, name, errno.EIO)
+            with self.subTest(error=name):
+                with mock.patch(target, side_effect=OSError(
+                        number, os.strerror(number))):
+                    self.assert_fails(
+                        f"cannot be run: {re.escape(os.strerror(number))}$",
+                        self.ask, backend, "alice")
+                self.assertEqual(self.ask(backend, "alice"), "hi\n")
+
     def test_being_out_of_descriptors_leaves_nothing_behind(self):
         script = self.write_script("echo hi")
         out = run_python(self, """\
@@ -4749,8 +4843,7 @@ def fuzz_query(seeded, server):
         for piece in pieces if seeded.randrange(2) else [b"".join(pieces)]:
             sock.sendall(piece)
         if ending == "reset":
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                            struct.pack("ii", 1, 0))
+            reset(sock)
             return
         sock.shutdown(socket.SHUT_WR)
         reply = read_all(sock).decode()
@@ -4824,6 +4917,251 @@ def fuzz_main(argv: list[str]) -> int:
         seed += 1
     print(f"{seed - options.seed} rounds, the last with --seed {seed - 1}:"
           " nothing found")
+    return 0
+
+
+# ---- Endurance ------------------------------------------------------------
+
+SOAK_MARK = "60.1288"       # by which what a program leaves behind is known
+SOAK_GROWTH = 16384         # KiB: Python's and malloc's own reserves, no more
+SOAK_SCRIPT = f"""#!/bin/sh
+case $1 in
+    p-good) echo fine ;;
+    p-fail) echo sorry >&2; exit 3 ;;
+    p-hang) exec sleep {SOAK_MARK} ;;
+    p-flood) exec yes ;;
+    p-fork) sleep {SOAK_MARK} & (sleep {SOAK_MARK} &) ; echo forked ;;
+esac
+"""
+SOAK_CONFIG = """
+[server]
+backend = users finger web
+forward = 127.0.0.2:1
+user_list = yes
+[limits]
+timeout = 0.5
+max_clients_per_host = 5000
+[finger]
+command = {folder}/script {{user}}
+pattern = p-[a-z]+
+[web]
+url = {url}/{{user}}
+cache = 0
+stale = 0
+"""
+SOAK_GOOD = {b"moshez": HAPPY, b"p-good": b"fine\r\n", b"w-good": b"fine\r\n"}
+SOAK_BAD = [
+    b"p-fail", b"p-hang", b"p-flood", b"p-fork", b"w-error", b"w-hang",
+    b"w-drip", b"w-lie", b"w-reset", b"w-flood", b"w-noise", b"x@127.0.0.2",
+    b"nobody", b"", b"\0", b"x" * 600, b"a b c d e f g h i", b"@@@@"]
+
+
+def reset(sock):
+    """Have the close of a socket be a reset."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                    struct.pack("ii", 1, 0))
+
+
+def reset_page(handler):
+    handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\nhalf")
+    reset(handler.connection)
+
+
+SOAK_PAGES = {
+    "/w-good": text_page("fine\n"),
+    "/w-error": (500, {}, b"no"),
+    "/w-hang": lambda handler: handler.server.leaving.wait(1),
+    "/w-drip": drip(b"HTTP/1.0 200 OK\r\n\r\n"),
+    "/w-lie": raw(b"HTTP/1.0 200 OK\r\nContent-Length: 99\r\n\r\nshort"),
+    "/w-reset": reset_page,
+    "/w-flood": raw(b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\n\r\n"
+                    + b"x\n" * 500000),
+    "/w-noise": raw(bytes(range(256)) * 40),
+}
+
+
+class Soak:
+    """A daemon with every backend among clients and sources that go wrong.
+
+    AssertionError tells the first thing that was not as it should be.
+    """
+
+    def __init__(self, program, config):
+        self.program = program
+        self.config = config
+        self.address = program.address
+        self.over = threading.Event()
+        self.reloads = 0
+        self.took: list[float] = []         # seconds, of the good queries
+        self.asked = 0                      # queries that were to go wrong
+        self.errors: list[Exception] = []
+        self.least = self.descriptors()
+
+    def ask_good(self, seeded):
+        """Ask as anybody would: the answer is right, and in time."""
+        line, reply = seeded.choice(list(SOAK_GOOD.items()))
+        start = time.monotonic()
+        got = ask(self.address, line + b"\r\n")
+        self.took.append(time.monotonic() - start)
+        if got != reply:
+            raise AssertionError(f"{line!r} got {got!r}")
+
+    def ask_bad(self, seeded):
+        """Ask for trouble, or leave in the middle; no reply may do harm."""
+        line = seeded.choice(SOAK_BAD) + b"\r\n"
+        self.asked += 1
+        with connect(self.address) as sock:
+            leave = seeded.randrange(4)
+            if leave == 0:
+                sock.sendall(line[:seeded.randrange(len(line))])
+                reset(sock)
+                return
+            sock.sendall(line)
+            if leave == 1:
+                return
+            reply = read_all(sock).decode()
+        if not reply or UNSAFE_ON_WIRE.search(reply):
+            raise AssertionError(f"{line!r} got {reply!r}")
+
+    def stay_silent(self, seeded):
+        """Say nothing, or half a line, until the server has had enough."""
+        with contextlib.ExitStack() as stack:
+            socks = [stack.enter_context(connect(self.address))
+                     for _ in range(50)]
+            for sock in socks[::2]:
+                sock.sendall(b"mos")
+            for sock in socks:
+                if read_all(sock) != b"Query timed out\r\n":
+                    raise AssertionError("a silent client has another reply")
+
+    def reload(self, seeded):
+        """Have it reload a config, good or bad, and a log that was rotated."""
+        bad = seeded.choice(["", "", "[server]\nnonsense = 1\n"])
+        self.write(self.config + bad)
+        if seeded.randrange(4) == 0:
+            os.unlink(self.program.rotate())
+        self.reloads += 1
+        os.kill(self.program.pid, signal.SIGHUP)
+        os.kill(self.program.pid, signal.SIGUSR1)
+        self.over.wait(0.05)
+
+    def write(self, config):
+        """Change the config at once: half of one could be read otherwise."""
+        path = self.program.config + ".new"
+        pathlib.Path(path).write_text(config)
+        os.replace(path, self.program.config)
+
+    def repeat(self, step, seed):
+        seeded = random.Random(seed)
+        try:
+            while not self.over.is_set() and not self.errors:
+                step(seeded)
+        except Exception as error:
+            self.errors.append(error)
+
+    def run(self, seconds, seed):
+        """Let everything happen at once, for so many seconds."""
+        steps = [*[self.ask_good] * 3, *[self.ask_bad] * 6, self.stay_silent,
+                 self.reload]
+        self.over.clear()
+        threads = [threading.Thread(target=self.repeat, args=(step, seed + n))
+                   for n, step in enumerate(steps)]
+        for thread in threads:
+            thread.start()
+        self.over.wait(seconds)
+        self.over.set()
+        for thread in threads:
+            thread.join(HANG)
+        if self.errors:
+            raise self.errors[0]
+
+    def calm_down(self):
+        """Wait until only the daemon is left; give descriptors and KiB."""
+        pid = self.program.pid
+        self.write(self.config)
+        os.kill(pid, signal.SIGHUP)
+        wait_until(lambda: not processes_with(SOAK_MARK), "the programs' end")
+        wait_until(lambda: status_of(pid, "Threads") == 1, "the threads' end")
+        for _ in range(10):
+            if ask(self.address, b"moshez\r\n") != HAPPY:
+                raise AssertionError("it answers no more")
+        for line in self.program.log():
+            if " bug " in line or not re.match(r"[-\dT:]+Z [ -~]+\Z", line):
+                raise AssertionError(line)
+        # A client that has just been answered is not closed yet.
+        wait_until(lambda: self.descriptors() <= self.least, "the closes")
+        return status_of(pid, "VmRSS")
+
+    def descriptors(self):
+        return len(os.listdir(f"/proc/{self.program.pid}/fd"))
+
+    def report(self):
+        """Say how it went, in one line."""
+        took = sorted(self.took)
+        p50, p99 = (took[len(took) * n // 100] * 1000 for n in (50, 99))
+        return (f"{len(took)} good queries (p50 {p50:.0f} ms, p99 {p99:.0f},"
+                f" worst {took[-1] * 1000:.0f}), {self.asked} others,"
+                f" {self.reloads} reloads")
+
+
+def processes_with(mark):
+    """Give the numbers of the processes with this in their command line."""
+    found = []
+    for path in glob.glob("/proc/[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in pathlib.Path(path).read_bytes():
+                found.append(path)
+    return found
+
+
+@contextlib.contextmanager
+def soaking():
+    """Start what a Soak needs."""
+    origin = Origin(SOAK_PAGES)
+    try:
+        with background(start=False) as program:
+            config = USERS + SOAK_CONFIG.format(folder=program.directory,
+                                                url=origin.url)
+            program.write(config)
+            script = pathlib.Path(program.directory, "script")
+            script.write_text(SOAK_SCRIPT)
+            script.chmod(0o755)
+            result = program.start()
+            if result != (0, "", ""):
+                raise AssertionError(result)
+            yield Soak(program, config)
+    finally:
+        origin.close()
+
+
+class SoakTest(unittest.TestCase):
+    @needs_proc
+    def test_survives_everything_at_once(self):
+        with soaking() as soak:
+            soak.run(0.4, 1)
+            before = soak.calm_down()
+            soak.run(1, 100)
+            self.assertLess(soak.calm_down() - before, SOAK_GROWTH)
+            self.assertGreater(min(len(soak.took), soak.asked), 30)
+            self.assertLess(max(soak.took), HANG / 2)
+
+
+def soak_main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="test_fingerd.py soak")
+    parser.add_argument("--seconds", type=float, default=60)
+    options = parser.parse_args(argv)
+    until = time.monotonic() + options.seconds
+    memory: list[int] = []
+    with soaking() as soak:
+        while time.monotonic() < until:
+            soak.run(min(10, options.seconds / 2), len(memory) * 100)
+            memory.append(soak.calm_down())
+            print(f"round {len(memory)}: {soak.report()},"
+                  f" {memory[-1] / 1024:.1f} MiB", flush=True)
+            if memory[-1] > memory[0] + SOAK_GROWTH:
+                raise AssertionError("its memory grows")
+            soak.took.clear()
+    print("every answer was right; nothing was left behind")
     return 0
 
 
@@ -5630,4 +5968,6 @@ if __name__ == "__main__":
         sys.exit(bench_main(sys.argv[2:]))
     if sys.argv[1:2] == ["fuzz"]:
         sys.exit(fuzz_main(sys.argv[2:]))
+    if sys.argv[1:2] == ["soak"]:
+        sys.exit(soak_main(sys.argv[2:]))
     unittest.main()
