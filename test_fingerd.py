@@ -1657,7 +1657,7 @@ class FaultsTest(unittest.TestCase):
 
     def test_a_clock_that_is_set_changes_nothing_but_the_times(self):
         now = time.time()
-        with serving("[limits]\ntimeout = 0.2\nqueries_per_minute = 60\n"
+        with serving("[limits]\ntimeout = 0.1\nqueries_per_minute = 60\n"
                      + USERS) as server:
             for clock in (now, now + 86400, now - 86400, 0, -3600, 2 ** 33):
                 with self.subTest(clock=clock), \
@@ -2335,6 +2335,18 @@ class ReloadTest(unittest.TestCase):
             program.process.send_signal(signal.SIGHUP)
             program.wait_line(" reloaded |cannot read the config: permission")
             self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
+
+    @needs_proc
+    def test_keeps_nothing_of_the_configs_it_had(self):
+        # Of a web backend its certificates, for it is a cycle (urllib).
+        with background("[server]\nbackend = web\n[web]\n"
+                        "prefix = https://127.0.0.1:1/\n") as program:
+            used = []
+            for number in range(45):
+                os.kill(program.pid, signal.SIGHUP)
+                program.wait_log(" reloaded ", number + 1)
+                used.append(status_of(program.pid, "VmRSS"))
+            self.assertLess(used[-1] - used[14], 2048)
 
     def test_clients_that_are_here_get_the_new_limits(self):
         with background("[limits]\ntimeout = 60\n" + USERS) as program:
