@@ -5855,21 +5855,28 @@ class Bench:
                 print(f"round {number + 1} of {rounds}: {peer.name}",
                       file=sys.stderr)
                 self.measure(peer)
-            own = self.figures["fingerd", "cpu"][-1]
             for peer in self.peers:
-                cpu = self.figures[peer.name, "cpu"][-1]
-                self.note(peer.name, "times", cpu / own)
+                for name, key in (("fingerd", "share"),
+                                  ("fingerd, query log", "logging")):
+                    self.note(peer.name, key, self.figures[name, "cpu"][-1]
+                              / self.figures[peer.name, "cpu"][-1])
 
     def start_times(self) -> None:
         """From exec to ready, and a Python that has nothing to do."""
         peer = fingerd_peer(self.temp, "start", "level = notice")
         command = [word.replace("PORT", "0") for word in peer.command]
+        bundle = os.path.join(self.temp, "bundle")
+        subprocess.run([*command[:2], "--bundle", bundle], check=True)
         for _ in range(15):
-            ready = ready_ms(command)
             empty = ready_ms([sys.executable, "-c", "pass"])
-            for key, value in (("ready", ready), ("empty", empty),
-                               ("ratio", ready / empty)):
-                self.note("start", key, value)
+            self.note("empty", "ready", empty)
+            for name, path in (("script", command[1]), ("bundle", bundle)):
+                ready = ready_ms([command[0], path, *command[2:]])
+                self.note(name, "ready", ready)
+                self.note(name, "ratio", ready / empty)
+        with Running(Peer("bundle", [peer.command[0], bundle,
+                                     *peer.command[2:]])) as server:
+            self.note("bundle", "memory", server.usage()[1])
 
     def idle_clients(self, count: int) -> None:
         with Running(fingerd_peer(self.temp, "idle")) as server:
@@ -5897,16 +5904,17 @@ class Bench:
 
 
 COLUMNS = (             # title, digits after the point
-    ("rate", 0), ("cpu", 1), ("times", 2), ("p50", 2), ("p99", 2),
+    ("rate", 0), ("cpu", 1), ("share", 2), ("logging", 2), ("p99", 2),
     ("silent", 2), ("drip", 2), ("drain", 0), ("idle", 1), ("crowd", 1),
     ("threads", 0))
 
 BENCH_LEGEND = """
 rate: queries a second by 16 clients.  cpu: microseconds of the server's CPU
-time for a query; times: by fingerd's.  p50, p99: milliseconds for a client;
-silent, drip: p99 beside 1,000 clients that say nothing, or a letter every
-2 s.  drain: queries a second when 1,000 have asked before.  idle: resident
-MiB after start; crowd, threads: MiB and threads with 1,000 silent clients.
+time for a query; share: fingerd's cpu by this one's, and logging with its
+query log on.  p99: milliseconds for a client; silent, drip: the same beside
+1,000 clients that say nothing, or a letter every 2 s.  drain: queries a
+second when 1,000 have asked before.  idle: resident MiB after start; crowd,
+threads: MiB and threads with 1,000 silent clients.
 """
 
 
@@ -5917,7 +5925,8 @@ def print_peers(bench: Bench, rounds: int) -> None:
     print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores,"
           f" {platform.machine()}, Python {platform.python_version()},"
           f" medians of {rounds} rounds{core}\n")
-    row = ("{:18}{:>8}{:>9}" + "{:>7}" * 5 + "{:>8}{:>6}{:>7}{:>8}").format
+    row = ("{:18}{:>8}{:>9}{:>7}{:>8}" + "{:>7}" * 3
+           + "{:>8}{:>6}{:>7}{:>8}").format
     print(row("", *(title for title, _ in COLUMNS)))
     for peer in bench.peers:
         print(row(peer.name, *(bench.show(peer.name, title, digits)
@@ -5929,8 +5938,10 @@ def print_singles(bench: Bench, long: bool) -> None:
     """The figures of fingerd that need no peer beside."""
     show = bench.show
     bench.start_times()
-    print(f"From start to ready: {show('start', 'ready')} ms; python3 -c pass:"
-          f" {show('start', 'empty')} ms; ratio {show('start', 'ratio', 2)}")
+    print(f"python3 -c pass takes {show('empty', 'ready')} ms; fingerd.py is"
+          f" ready in {show('script', 'ready')} ms, {show('script', 'ratio')}"
+          f" times that; a bundle in {show('bundle', 'ready')} ms,"
+          f" {show('bundle', 'ratio')} times, {show('bundle', 'memory')} MiB")
     bench.idle_clients(3000)
     print(f"Each of 3,000 silent clients: {show('silent', 'KiB', 2)} KiB")
     if long:
