@@ -986,7 +986,6 @@ class Syslog:
         self.configured = settings.syslog_address
         self.address: Any = settings.syslog_address
         self.priority = FACILITIES.index(settings.facility) * 8
-        self.lock = threading.Lock()        # for the socket of a reconnect
         self.sock = self.connect()
 
     def connect(self) -> socket.socket:
@@ -1014,16 +1013,15 @@ class Syslog:
         severity = {"error": 3, "warning": 4, "notice": 5, "info": 6,
                     "debug": 7}[level]
         data = f"<{self.priority + severity}>{text}".encode()[:MAX_SYSLOG]
-        with self.lock:
-            try:
-                self.sock.send(data, DONT_WAIT)
-            except BlockingIOError:     # it is there, but does not keep up
-                raise
-            except OSError:
-                sock = self.connect()
-                self.sock.close()
-                self.sock = sock
-                self.sock.send(data, DONT_WAIT)
+        try:
+            self.sock.send(data, DONT_WAIT)
+        except BlockingIOError:         # it is there, but does not keep up
+            raise
+        except OSError:
+            sock = self.connect()
+            self.sock.close()
+            self.sock = sock
+            self.sock.send(data, DONT_WAIT)
 
 
 class Log:
@@ -1034,7 +1032,8 @@ class Log:
     """
 
     def __init__(self) -> None:
-        self.fd = 2
+        self.lock = threading.Lock()    # a line must not go to a descriptor
+        self.fd = 2                     # that is closed, and another's now
         self.syslog: Syslog | None = None
         self.level = INFO
         self.json: Any = None           # the module, when lines are JSON
@@ -1061,23 +1060,25 @@ class Log:
                 syslog = Syslog(settings)
         elif settings.to != "stderr":
             fd = open_log_file(settings.to, owner)
-        if syslog is self.syslog:
-            self.syslog = None
-        self.close()
-        self.syslog, self.fd = syslog, fd
-        self.room = writable_poll(fd)
-        self.level = LEVELS.index(settings.level)
-        self.prefix = settings.prefix
-        self.json = json
+        with self.lock:
+            self.change(syslog, fd)
+            self.level = LEVELS.index(settings.level)
+            self.prefix = settings.prefix
+            self.json = json
 
-    def close(self) -> None:
-        """Close what is open; what comes later goes to stderr."""
-        if self.syslog:
+    def change(self, syslog: Syslog | None, fd: int) -> None:
+        """Close what is open, and go on with these."""
+        if self.syslog and self.syslog is not syslog:
             self.syslog.sock.close()
         if self.fd != 2:
             os.close(self.fd)
-        self.syslog, self.fd = None, 2
-        self.room = writable_poll(2)
+        self.syslog, self.fd = syslog, fd
+        self.room = writable_poll(fd)
+
+    def close(self) -> None:
+        """Close what is open; what comes later goes to stderr."""
+        with self.lock:
+            self.change(None, 2)
 
     def event(self, level: str, event: str, **fields: Any) -> None:
         """Write a line if its level is wanted, the fields in their order."""
@@ -1110,14 +1111,15 @@ class Log:
 
     def write(self, level: str, line: str) -> None:
         """Write a line, and what is known of lost ones before; no raise."""
-        try:
-            if self.lost:
-                lost = self.format("lost", {"lines": self.lost})
-                self.write_line("warning", lost, "\n" * self.torn)
-                self.lost, self.torn = 0, False
-            self.write_line(level, line)
-        except OSError:
-            self.lost += 1
+        with self.lock:
+            try:
+                if self.lost:
+                    lost = self.format("lost", {"lines": self.lost})
+                    self.write_line("warning", lost, "\n" * self.torn)
+                    self.lost, self.torn = 0, False
+                self.write_line(level, line)
+            except OSError:
+                self.lost += 1
 
     def write_line(self, level: str, line: str, start: str = "") -> None:
         """Write a line to where it goes; OSError if that will not take it."""

@@ -891,6 +891,36 @@ class LogTest(unittest.TestCase):
                           for line in self.lines(write)],
                          ["lost lines=2", "three", "four"])
 
+    def test_writes_to_no_descriptor_that_has_become_another_file(self):
+        held, go, write = threading.Event(), threading.Event(), os.write
+
+        def slow(fd, data):
+            held.set()
+            go.wait(HANG)
+            return write(fd, data)
+
+        with tempfile.TemporaryDirectory() as directory:
+            log, paths = fingerd.Log(), []
+            for name in "ab":
+                paths.append(os.path.join(directory, name))
+            settings = [read_config(f"[log]\nto = {path}").log
+                        for path in paths]
+            log.open(settings[0])
+            with mock.patch("os.write", slow):
+                threads = [
+                    threading.Thread(target=log.event, args=("error", "x")),
+                    threading.Thread(target=log.open, args=settings[1:])]
+                threads[0].start()
+                self.assertTrue(held.wait(HANG))
+                threads[1].start()
+                threads[1].join(0.05)
+                os.fstat(log.fd)        # OSError, if it has been closed
+                go.set()
+                for thread in threads:
+                    thread.join(HANG)
+            log.close()
+            self.assertRegex(pathlib.Path(paths[0]).read_text(), " x\n")
+
     def test_keeps_the_old_file_when_a_new_one_cannot_be_opened(self):
         def write(log):
             bad = fingerd.types.SimpleNamespace(
