@@ -1458,6 +1458,7 @@ def fetch_finger(address: tuple[str, int], line: str, limit: int,
 
 BACKLOG = 1024          # connections the kernel holds for us: see listen(2)
 ACCEPTS = 256           # in a row, before other clients get their turn
+FILLED = 8              # batches with a client for each, before a longer one
 GRACE = 0.5             # seconds for a backend to come back from a timeout
 PAUSE = 1.0             # seconds without accept when descriptors are out
 QUIET = 10.0            # seconds between two lines "full"
@@ -1568,6 +1569,9 @@ class FingerServer(socketserver.ThreadingTCPServer):
         self.lingering: collections.deque[tuple[float, list[Client]]]
         self.lingering = collections.deque()    # each pass, with a deadline
         self.lingerers = 0
+        self.crowd = 0                      # connections
+        self.batch = ACCEPTS                # accepts in a row, and how often
+        self.filled = 0                     # there was a client for each
         self.lookups = 0                    # threads
         self.answers: collections.deque[tuple[Client, Reply | None, bytes]]
         self.answers = collections.deque()  # from threads
@@ -1597,19 +1601,19 @@ class FingerServer(socketserver.ThreadingTCPServer):
             now = time.monotonic()
             self.let_linger(now)
             self.watch_listeners(now)
-            for key, _ in self.selector.select(self.patience(now)):
+            due = self.next_due(now)
+            for key, _ in self.selector.select(self.patience(now, due)):
                 if isinstance(key.data, Client):
                     self.attempt(self.go_on, key.data)
                 else:
                     key.data(key.fileobj)
-            self.take_answers()
+            if self.answers:
+                self.take_answers()
             now = time.monotonic()
-            self.look_at_lingering(
-                now if self.stop_deadline is None else math.inf)
-            self.end_overdue(now)
-            if self.heartbeat and now >= self.next_beat:
-                self.next_beat = now + self.heartbeat()
-            self.act_on_signals()
+            if now >= due or self.lingerers > LINGERING or self.stop_deadline:
+                self.do_what_is_due(now)
+            if self.signals:
+                self.act_on_signals()
         for state in ("reading", "queued", "asking", "sending"):
             for client in list(self.clients[state]):    # out of time
                 self.leave(client, "gone")
@@ -1624,25 +1628,33 @@ class FingerServer(socketserver.ThreadingTCPServer):
     def done(self) -> bool:
         if self.stop_deadline is None:
             return False
-        return not self.crowd() or time.monotonic() >= self.stop_deadline
+        return not self.crowd or time.monotonic() >= self.stop_deadline
 
-    def crowd(self) -> int:
-        """Count the connections."""
-        return (sum(map(len, self.clients.values())) + self.lingerers
-                + len(self.answered))
-
-    def patience(self, now: float) -> float | None:
-        """Give the seconds until something is to be done unasked."""
-        times = [next(iter(clients)).deadline
-                 for clients in self.clients.values() if clients]
+    def next_due(self, now: float) -> float:
+        """Give the time when something is to be done unasked."""
+        due = self.next_beat if self.heartbeat else math.inf
         if self.lingering:
-            times.append(self.lingering[0][0])
+            due = min(due, self.lingering[0][0])
         if self.paused_until > now:
-            times.append(self.paused_until)
-        if self.heartbeat:
-            times.append(self.next_beat)
+            due = min(due, self.paused_until)
+        for clients in self.clients.values():
+            if clients:
+                due = min(due, next(iter(clients)).deadline)
+        return due
+
+    def patience(self, now: float, due: float) -> float | None:
+        """Give the seconds that the selector may wait; None for ever."""
+        if due == math.inf:
+            return None
         # Some systems' selectors take no more than 24 days.
-        return max(0, min(*times, now + 3600) - now) if times else None
+        return max(0, min(due - now, 3600))
+
+    def do_what_is_due(self, now: float) -> None:
+        self.look_at_lingering(
+            now if self.stop_deadline is None else math.inf)
+        self.end_overdue(now)
+        if self.heartbeat and now >= self.next_beat:
+            self.next_beat = now + self.heartbeat()
 
     def wake(self) -> None:
         """Make the loop look around, from any thread."""
@@ -1662,9 +1674,9 @@ class FingerServer(socketserver.ThreadingTCPServer):
     def watch_listeners(self, now: float) -> None:
         """Leave new clients in the kernel's queue while there is no room."""
         most = self.site.config.limits.max_clients
-        if self.crowd() >= most:
+        if self.crowd >= most:
             self.look_at_lingering(math.inf)    # most of them have gone
-        if self.full != (self.crowd() >= most):
+        if self.full != (self.crowd >= most):
             self.full = not self.full
             self.log_full(now)
         wanted = not self.full and now >= self.paused_until
@@ -1686,18 +1698,23 @@ class FingerServer(socketserver.ThreadingTCPServer):
         if self.full_told:
             self.log.event("warning" if self.full else "notice",
                            "full" if self.full else "room",
-                           clients=self.crowd(),
+                           clients=self.crowd,
                            limit=self.site.config.limits.max_clients)
         self.full_told = self.full_told and self.full
 
-    def accept_clients(self, listener: socket.socket) -> None:
-        """Accept until it would block, or others should have their turn."""
-        room = self.site.config.limits.max_clients - self.crowd()
-        for _ in range(min(room, ACCEPTS)):
+    def accept_clients(self, listener: socket.socket, most: int = 0) -> None:
+        """Accept until it would block, or others should have their turn.
+
+        As a rule it stops where lately nobody was left to accept: to try in
+        vain costs more than to be told of another.
+        """
+        room = self.site.config.limits.max_clients - self.crowd
+        for number in range(min(room, most or self.batch)):
             try:
                 sock, address = listener.accept()
             except BlockingIOError:
                 self.starved = False
+                self.batch, self.filled = max(1, number), 0
                 return
             except OSError as error:
                 if self.is_starved(error):
@@ -1708,6 +1725,9 @@ class FingerServer(socketserver.ThreadingTCPServer):
                 self.begin(client)
             except Exception:
                 self.give_up(client)
+        self.filled += 1
+        if self.filled == FILLED:
+            self.batch, self.filled = min(2 * self.batch, ACCEPTS), 0
 
     def is_starved(self, error: OSError) -> bool:
         """Pause if accept failed for want of descriptors; log that once."""
@@ -1716,13 +1736,15 @@ class FingerServer(socketserver.ThreadingTCPServer):
             return False
         if not self.starved:
             self.log.event("error", "starved", reason=reason(error),
-                           clients=self.crowd())
+                           clients=self.crowd)
         self.starved = True
+        self.batch = ACCEPTS        # until it would block
         self.paused_until = time.monotonic() + PAUSE
         return True
 
     def begin(self, client: Client) -> None:
         """Refuse a client, or read its line, which mostly is there."""
+        self.crowd += 1
         site = self.site
         if site.guarded and not site.allows(client.host):
             self.refuse(client, "denied")
@@ -1950,7 +1972,11 @@ class FingerServer(socketserver.ThreadingTCPServer):
     def drop(self, client: Client) -> None:
         if client.state:
             self.move(client, "")
+        self.close_client(client)
+
+    def close_client(self, client: Client) -> None:
         client.sock.close()
+        self.crowd -= 1
 
     # States, deadlines, the end.
 
@@ -1978,7 +2004,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
         except OSError as error:
             self.log.event("error", "starved", reason=reason(error))
             self.log_query(client, Reply("gone", b""))
-            client.sock.close()
+            self.close_client(client)
             return False
         return True
 
@@ -2035,7 +2061,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
         if self.stop_deadline is not None:
             return
         for listener in self.listeners * (1 + BACKLOG // ACCEPTS):
-            self.accept_clients(listener)
+            self.accept_clients(listener, ACCEPTS)
         now = time.monotonic()
         self.stopped_by = reason
         self.stop_deadline = now + self.site.config.limits.timeout + GRACE
@@ -2692,7 +2718,7 @@ class Daemon:
         self.log.event(
             "notice", "counters",
             seconds=int(time.monotonic() - server.started),
-            queries=sum(server.outcomes.values()), clients=server.crowd(),
+            queries=sum(server.outcomes.values()), clients=server.crowd,
             lookups=server.lookups, **server.outcomes)
 
 

@@ -1451,7 +1451,7 @@ class LimitsTest(unittest.TestCase):
             with self.assertRaises(OSError):
                 for _ in range(1000):
                     sock.sendall(b"y" * 65536)
-            wait_until(lambda: not server.server.crowd(), "the close")
+            wait_until(lambda: not server.server.crowd, "the close")
 
     def test_a_client_that_never_closes_is_closed_at_the_deadline(self):
         with serving("[limits]\ntimeout = 0.1\n" + USERS) as server:
@@ -1459,7 +1459,7 @@ class LimitsTest(unittest.TestCase):
                 sock.sendall(b"moshez\r\n")
                 self.assertEqual(read_all(sock), HAPPY)
                 wait_until(lambda: server.server.clients["closing"], "state")
-                wait_until(lambda: not server.server.crowd(), "the close")
+                wait_until(lambda: not server.server.crowd, "the close")
 
     def test_a_slow_reader_holds_nobody_up_and_gets_it_all(self):
         size = 20_000_000       # more than both sockets' buffers hold
