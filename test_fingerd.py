@@ -2878,7 +2878,10 @@ class BundleTest(unittest.TestCase):
             again = os.path.join(directory, "again")
             subprocess.run([sys.executable, path, "--bundle", again],
                            timeout=HANG, check=True)
-            self.assertEqual(os.path.getsize(again), os.path.getsize(path))
+            with zipfile.ZipFile(path) as one, zipfile.ZipFile(again) as two:
+                self.assertEqual(one.namelist(), two.namelist())
+                for name in ("fingerd.py", "fingerd_backends.py"):
+                    self.assertEqual(one.read(name), two.read(name))
 
     def test_takes_the_compiled_code_if_it_is_of_this_python(self):
         with tempfile.TemporaryDirectory() as directory:
