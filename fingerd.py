@@ -1217,6 +1217,7 @@ class Site:
         self.backends = config.backends
         self.max_query = config.limits.max_query
         self.max_reply = config.limits.max_reply
+        self.rate = config.limits.queries_per_minute
         server = config.server
         self.header = to_wire(server.header) if server.header else b""
         self.footer = to_wire(server.footer) if server.footer else b""
@@ -1463,7 +1464,8 @@ GRACE = 0.5             # seconds for a backend to come back from a timeout
 PAUSE = 1.0             # seconds without accept when descriptors are out
 QUIET = 10.0            # seconds between two lines "full"
 LINGER = 0.05           # seconds until we look whether a client has closed
-LINGERING = 256         # such clients; with more, the oldest is looked at
+LINGERING = 256         # such clients; with more, the oldest are looked at
+GATHER = 0.005          # seconds; who is answered in them is one of a batch
 DISCARD = 1 << 18       # bytes read away behind a query; more is a flood
 TRACKED = 65536         # addresses whose rate is known; then the oldest go
 SEND = DONT_WAIT | int(getattr(socket, "MSG_MORE", 0))    # FIN in one segment
@@ -1565,9 +1567,10 @@ class FingerServer(socketserver.ThreadingTCPServer):
             state: collections.OrderedDict() for state in STATES}
         self.hosts: dict[str, int] = {}     # clients with a state, by address
         self.rates = RateLimit()
-        self.answered: list[Client] = []    # in the last pass of the loop
+        self.answered: list[Client] = []    # lately; later they are a batch
+        self.linger_deadline = 0.0          # of the first of these
         self.lingering: collections.deque[tuple[float, list[Client]]]
-        self.lingering = collections.deque()    # each pass, with a deadline
+        self.lingering = collections.deque()    # batches and deadlines
         self.lingerers = 0
         self.crowd = 0                      # connections
         self.batch = ACCEPTS                # accepts in a row, and how often
@@ -1597,9 +1600,10 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     def serve_forever(self, poll_interval: float = 0) -> None:
         """Serve until stop(), and then until the clients at hand have left."""
-        while not self.done():
+        while self.stop_deadline is None or not self.done(self.stop_deadline):
             now = time.monotonic()
-            self.let_linger(now)
+            if self.answered:
+                self.let_linger(now)
             self.watch_listeners(now)
             due = self.next_due(now)
             for key, _ in self.selector.select(self.patience(now, due)):
@@ -1609,8 +1613,10 @@ class FingerServer(socketserver.ThreadingTCPServer):
                     key.data(key.fileobj)
             if self.answers:
                 self.take_answers()
+            if self.lingerers > LINGERING:
+                self.look_at_lingering(now)
             now = time.monotonic()
-            if now >= due or self.lingerers > LINGERING or self.stop_deadline:
+            if now >= due or self.stop_deadline:
                 self.do_what_is_due(now)
             if self.signals:
                 self.act_on_signals()
@@ -1625,16 +1631,16 @@ class FingerServer(socketserver.ThreadingTCPServer):
         self.begin(Client(sock, sock.getpeername()))
         self.serve_forever()
 
-    def done(self) -> bool:
-        if self.stop_deadline is None:
-            return False
-        return not self.crowd or time.monotonic() >= self.stop_deadline
+    def done(self, deadline: float) -> bool:
+        return not self.crowd or time.monotonic() >= deadline
 
     def next_due(self, now: float) -> float:
         """Give the time when something is to be done unasked."""
         due = self.next_beat if self.heartbeat else math.inf
         if self.lingering:
             due = min(due, self.lingering[0][0])
+        elif self.answered:
+            due = min(due, self.linger_deadline)
         if self.paused_until > now:
             due = min(due, self.paused_until)
         for clients in self.clients.values():
@@ -1644,10 +1650,10 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     def patience(self, now: float, due: float) -> float | None:
         """Give the seconds that the selector may wait; None for ever."""
-        if due == math.inf:
-            return None
+        if due <= now:
+            return 0
         # Some systems' selectors take no more than 24 days.
-        return max(0, min(due - now, 3600))
+        return None if due == math.inf else min(due - now, 3600)
 
     def do_what_is_due(self, now: float) -> None:
         self.look_at_lingering(
@@ -1810,7 +1816,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Answer a client at once, or queue it for a thread."""
-        rate = self.site.config.limits.queries_per_minute
+        rate = self.site.rate
         if rate and self.rates.exceeded(address_key(request.host), rate,
                                         time.monotonic()):
             self.refuse(request, "limited")
@@ -1925,17 +1931,25 @@ class FingerServer(socketserver.ThreadingTCPServer):
         self.log.query(client.host, client.port, line, reply, sent, ms)
 
     def let_linger(self, now: float) -> None:
-        """Give those who were answered in the last pass a moment to close.
+        """Give those who were answered just now a moment to close.
 
-        Most have closed then: to look is cheaper than to be told of each.
+        Most have closed then: to look is cheaper than to be told of each,
+        and cheapest at many in a row.
         """
-        if self.answered:
-            self.lingering.append((now + LINGER, self.answered))
-            self.lingerers += len(self.answered)
-            self.answered = []
+        if not self.linger_deadline:
+            self.linger_deadline = now + LINGER
+        elif now >= self.linger_deadline - LINGER + GATHER:
+            self.end_gathering()
+
+    def end_gathering(self) -> None:
+        self.lingering.append((self.linger_deadline, self.answered))
+        self.lingerers += len(self.answered)
+        self.answered, self.linger_deadline = [], 0.0
 
     def look_at_lingering(self, now: float) -> None:
         """See whether those whose moment is over have closed."""
+        if self.answered and now >= self.linger_deadline:
+            self.end_gathering()
         while self.lingering and (self.lingering[0][0] <= now
                                   or self.lingerers > LINGERING):
             _, clients = self.lingering.popleft()
