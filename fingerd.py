@@ -1744,7 +1744,6 @@ class FingerServer(socketserver.ThreadingTCPServer):
             self.log.event("error", "starved", reason=reason(error),
                            clients=self.crowd)
         self.starved = True
-        self.batch = ACCEPTS        # until it would block
         self.paused_until = time.monotonic() + PAUSE
         return True
 

@@ -1640,6 +1640,36 @@ class FaultsTest(unittest.TestCase):
                 self.assertEqual(log.count(" starved "), name in starving)
                 self.assertNotIn(" bug ", log)
 
+    def test_accepts_in_vain_now_and_then_only(self):
+        accept = fingerd.Listener.accept
+        calls = []
+
+        def count(listener):
+            calls.append(listener)
+            return accept(listener)
+
+        with serving() as server, \
+                mock.patch.object(fingerd.Listener, "accept", count):
+            for _ in range(54):
+                self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+            self.assertLess(len(calls), 54 + 10)
+
+    def test_a_client_that_cannot_be_watched_leaves_nothing(self):
+        with serving() as server, contextlib.ExitStack() as stack:
+            selector = server.server.selector
+            stack.enter_context(mock.patch.object(
+                selector, "register", side_effect=OSError(
+                    errno.ENOSPC, "No space left on device")))
+            with connect(server.address) as sock:
+                sock.sendall(b"half a line")
+                with contextlib.suppress(ConnectionError):
+                    self.assertEqual(read_all(sock), b"")
+            stack.close()
+            server.wait_log('starved reason="no space left on device"')
+            server.wait_log("outcome=gone")
+            self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+            wait_until(lambda: not server.server.crowd, "the close")
+
     def test_a_client_whose_calls_fail_costs_nobody_else(self):
         gone = 0
         with serving() as server:
@@ -1794,6 +1824,8 @@ class ProcessTest(unittest.TestCase):
     def test_answers_those_that_it_had_not_accepted_when_it_ends(self):
         with daemon() as program:
             address = program.address
+            for _ in range(2):
+                self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
             program.process.send_signal(signal.SIGSTOP)
             with contextlib.ExitStack() as stack:
                 socks = [stack.enter_context(connect(address))
