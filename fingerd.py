@@ -1947,7 +1947,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     def look_at_lingering(self, now: float) -> None:
         """See whether those whose moment is over have closed."""
-        if self.answered and now >= self.linger_deadline:
+        if self.linger_deadline and now >= self.linger_deadline:
             self.end_gathering()
         while self.lingering and (self.lingering[0][0] <= now
                                   or self.lingerers > LINGERING):

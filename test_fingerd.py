@@ -1453,6 +1453,25 @@ class LimitsTest(unittest.TestCase):
                     sock.sendall(b"y" * 65536)
             wait_until(lambda: not server.server.crowd, "the close")
 
+    def test_who_is_answered_has_a_moment_to_close(self):
+        now = time.monotonic()
+        log = fingerd.Log()
+        log.level = len(fingerd.LEVELS)
+        with fingerd.FingerServer([], fingerd.Site(read_config(""), log),
+                                  log) as server:
+            ours, theirs = socket.socketpair()
+            client = fingerd.Client(ours, ("192.0.2.7", 1))
+            with ours, theirs:
+                theirs.sendall(b"moshez\r\n")
+                server.refuse(client, "limited")
+                server.crowd += 1
+                server.look_at_lingering(now)       # others may be due
+                server.let_linger(now)
+                server.look_at_lingering(now + fingerd.LINGER * 0.9)
+                self.assertEqual(server.crowd, 1)
+                server.look_at_lingering(now + fingerd.LINGER)
+                self.assertEqual(server.crowd, 0)
+
     def test_a_client_that_never_closes_is_closed_at_the_deadline(self):
         with serving("[limits]\ntimeout = 0.1\n" + USERS) as server:
             with connect(server.address) as sock:
