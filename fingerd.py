@@ -114,7 +114,6 @@ def strip_line(line: bytes) -> bytes:
     return line[:-2] if line.endswith(b"\r\0") else line.rstrip(b"\r\n")
 
 
-@functools.lru_cache(maxsize=1024)      # names are asked for again and again
 def parse_query(line: bytes, own_names: frozenset[str] = frozenset()) -> Query:
     """Make a Query of a line, with or without its end (RFC 1288 2.3).
 
@@ -968,10 +967,12 @@ def escape(match: re.Match[str]) -> str:
                    for byte in character.encode("utf-8", "surrogatepass"))
 
 
-@functools.lru_cache(maxsize=256)
 def quote_line(line: bytes) -> str:
     """Quote what a client has sent, without its end."""
     return quote(strip_line(line).decode("ascii", "surrogateescape"))
+
+
+quote_short_line = functools.lru_cache(maxsize=256)(quote_line)
 
 
 class Syslog:
@@ -1067,13 +1068,15 @@ class Log:
             self.json = json
 
     def change(self, syslog: Syslog | None, fd: int) -> None:
-        """Close what is open, and go on with these."""
-        if self.syslog and self.syslog is not syslog:
-            self.syslog.sock.close()
-        if self.fd != 2:
-            os.close(self.fd)
+        """Go on with these, and close what is open."""
+        old_syslog, old_fd = self.syslog, self.fd
         self.syslog, self.fd = syslog, fd
         self.room = writable_poll(fd)
+        with contextlib.suppress(OSError):      # it is closed all the same
+            if old_syslog and old_syslog is not syslog:
+                old_syslog.sock.close()
+            if old_fd != 2:
+                os.close(old_fd)
 
     def close(self) -> None:
         """Close what is open; what comes later goes to stderr."""
@@ -1097,8 +1100,9 @@ class Log:
                 "outcome": reply.outcome, "backend": reply.backend,
                 "bytes": sent, "ms": ms}))
         else:
+            q = quote_short_line(line) if len(line) < 99 else quote_line(line)
             self.write("info", f"query client={host} port={port}"
-                       f" q={quote_line(line)} outcome={reply.outcome}"
+                       f" q={q} outcome={reply.outcome}"
                        f" backend={reply.backend} bytes={sent} ms={ms}")
 
     def format(self, event: str, fields: dict[str, Any]) -> str:
@@ -1142,7 +1146,7 @@ class Log:
         if now != self.second:
             self.second = now
             self.stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
-        if self.json:
+        if line.startswith("{"):        # JSON; no event's name does
             return f'{{"time": "{self.stamp}", {line[1:]}'
         if self.fd == 2:
             return f"{self.prefix}: {line}"
@@ -1181,7 +1185,7 @@ def open_log_file(path: str, owner: tuple[int, int] | None) -> int:
 # ---- Site -----------------------------------------------------------------
 
 MAX_KNOWN = 1024        # replies that are remembered
-MAX_KNOWN_SIZE = 4096   # bytes of one of them
+MAX_KNOWN_SIZE = 4096   # bytes of one of them, with its line
 
 
 class WouldWait(Exception):
@@ -1247,7 +1251,7 @@ class Site:
         """Keep a reply that anybody gets for this line until a reload."""
         if self.lasting and reply.outcome != "failed" and (
                 line.endswith(b"\n") and b"@" not in line
-                and len(reply.data) <= MAX_KNOWN_SIZE):
+                and len(line) + len(reply.data) <= MAX_KNOWN_SIZE):
             if len(self.known) >= MAX_KNOWN:
                 self.known.clear()
             self.known[line] = reply
@@ -1646,6 +1650,8 @@ class FingerServer(socketserver.ThreadingTCPServer):
         for clients in self.clients.values():
             if clients:
                 due = min(due, next(iter(clients)).deadline)
+        if self.stop_deadline is not None:
+            due = min(due, self.stop_deadline if self.crowd else now)
         return due
 
     def patience(self, now: float, due: float) -> float | None:
@@ -1856,7 +1862,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
             except RuntimeError as error:       # no thread to be had
                 self.lookups -= 1
                 self.log.event("error", "starved", reason=str(error))
-                self.refuse(client, "failed")
+                self.attempt(self.refuse, client, "failed")
 
     def take_reply(self, client: Client, reply: Reply | None,
                    data: bytes) -> None:
@@ -2068,6 +2074,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
         for clients in self.clients.values():
             for client in clients:
                 client.deadline = min(client.deadline, longest)
+        self.start_lookups()            # it may allow more of them
 
     def stop(self, reason: str = "shutdown") -> None:
         """Take no new clients; let serve_forever() end with the last one."""
@@ -2646,17 +2653,18 @@ class Daemon:
     def reload(self) -> None:
         """Take up the config anew: all of it or, if it is bad, nothing.
 
-        The log file is opened anew in both cases.  A thread reads, and the
-        loop serves on: a long config takes seconds.
+        The log file is opened anew in both cases, and at once.  The config
+        is read by a thread, for a long one takes seconds.
         """
         if self.server.stop_deadline is not None:
             return
-        self.reloads += 1
-        if self.reloads > 1:    # one is being read, and may be old already
-            return
+        with contextlib.suppress(OSError):      # change_config() will tell
+            self.log.open(self.config.log)
         self.notifier.tell("RELOADING=1",
                            f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        self.start_reading()
+        self.reloads += 1
+        if self.reloads == 1:   # else one is being read, and may be old
+            self.start_reading()
 
     def start_reading(self) -> None:
         """Have a thread read the config; without one, read it here."""
@@ -2708,9 +2716,7 @@ class Daemon:
         self.log.event("notice", "reloaded", config=config.path)
 
     def keep_config(self, error: Exception) -> None:
-        """Say why the old config stays, in a log that is opened anew."""
-        with contextlib.suppress(OSError):
-            self.log.open(self.config.log)
+        """Say why the old config stays."""
         text = (reason(error) if isinstance(error, OSError)
                 else str(error) or repr(error))
         for line in text.splitlines():

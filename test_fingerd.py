@@ -921,6 +921,43 @@ class LogTest(unittest.TestCase):
             log.close()
             self.assertRegex(pathlib.Path(paths[0]).read_text(), " x\n")
 
+    def test_goes_on_in_the_new_file_when_the_close_of_the_old_fails(self):
+        with tempfile.TemporaryDirectory() as directory:
+            path = os.path.join(directory, "log")
+            settings = read_config(f"[log]\nto = {path}").log
+            log = fingerd.Log()
+            log.open(settings)
+            first, close = log.fd, os.close
+
+            def fail(fd):
+                close(fd)
+                raise OSError(errno.EIO, "Input/output error")
+
+            with mock.patch("os.close", fail):
+                log.open(settings)
+            self.assertNotEqual(log.fd, first)
+            log.event("error", "x")
+            log.close()
+            self.assertRegex(pathlib.Path(path).read_text(), " x\n")
+
+    def test_a_line_of_another_format_than_the_log_stays_whole(self):
+        def write(log):
+            line = log.format("x", {"a": "b"})
+            log.json = None if log.json else json
+            log.write("error", line)
+            log.event("error", "y")
+        for form, pattern in (("text", r"[^ ]+ x a=b$"),
+                              ("json", '{"time": "[^ ]+", "event": "x", "a"')):
+            self.assertRegex(self.lines(write, format=form)[0], pattern)
+
+    def test_keeps_no_long_lines_that_were_asked(self):
+        log = fingerd.Log()
+        with mock.patch.object(log, "write"):
+            before = fingerd.quote_short_line.cache_info().currsize
+            log.query("h", 1, b"l" * 5000, fingerd.FIXED["unknown"], 0, 0)
+        self.assertEqual(fingerd.quote_short_line.cache_info().currsize,
+                         before)
+
     def test_keeps_the_old_file_when_a_new_one_cannot_be_opened(self):
         def write(log):
             bad = fingerd.types.SimpleNamespace(
@@ -1198,6 +1235,55 @@ class BackendsTest(unittest.TestCase):
         self.assertEqual(sorted(asked[:2]), ["u0", "u1"])
         self.assertEqual(asked[2:], ["u2", "u3", "u4", "u5"])
 
+    def test_a_reload_that_allows_more_lookups_starts_them(self):
+        with held() as backend, serving(
+                "[limits]\nmax_threads = 1\n", [("held", backend)]) as server:
+            with connect(server.address) as one, \
+                    connect(server.address) as two:
+                one.sendall(b"bob\r\n")
+                self.assertTrue(backend.entered.acquire(timeout=HANG))
+                two.sendall(b"carol\r\n")
+                wait_until(lambda: server.server.clients["queued"], "queue")
+                config = read_config("[limits]\nmax_threads = 2\n")
+                config.backends += (("held", backend),)
+                site = fingerd.Site(config, server.server.log)
+                server.server.actions[99] = functools.partial(
+                    server.server.change_site, site)
+                server.server.signals.append(99)
+                server.server.wake()
+                self.assertTrue(backend.entered.acquire(timeout=HANG))
+                backend.release.set()
+                self.assertEqual(read_all(two), b"held carol\r\n")
+
+    def test_a_stop_ends_with_the_last_client_of_a_full_server(self):
+        with held() as backend, serving("[limits]\nmax_clients = 1\n",
+                                        [("held", backend)]) as server:
+            with connect(server.address) as sock:
+                sock.sendall(b"bob\r\n")
+                sock.shutdown(socket.SHUT_WR)
+                self.assertTrue(backend.entered.acquire(timeout=HANG))
+                server.server.signals.append(signal.SIGTERM)
+                server.server.wake()
+                wait_until(lambda: server.server.stop_deadline, "the stop")
+                backend.release.set()
+                self.assertEqual(read_all(sock), b"held bob\r\n")
+                self.assertTrue(server.server.ended.wait(HANG))
+
+    def test_a_stop_waits_no_longer_for_who_does_not_read(self):
+        log = fingerd.Log()
+        with fingerd.FingerServer([], fingerd.Site(read_config(""), log),
+                                  log) as server:
+            ours, theirs = socket.socketpair()
+            now = time.monotonic()
+            client = fingerd.Client(ours, ("192.0.2.7", 1))
+            with ours, theirs:
+                server.crowd = 1
+                server.move(client, "sending", now + 10)
+                self.assertEqual(server.next_due(now), now + 10)
+                server.stop_deadline = now + 1
+                self.assertEqual(server.next_due(now), now + 1)
+                server.move(client, "")
+
     def test_a_backend_that_hangs_costs_its_client_only_the_deadline(self):
         with held() as backend, serving(
                 "[limits]\ntimeout = 0.1\nmax_threads = 1\n" + USERS,
@@ -1396,6 +1482,7 @@ class RememberedTest(unittest.TestCase):
             large = reply._replace(data=b"x" * (fingerd.MAX_KNOWN_SIZE + 1))
             for line, kept in ((b"large\n", large), (b"a@b\n", reply),
                                (b"no end", reply),
+                               (b"l" * fingerd.MAX_KNOWN_SIZE + b"\n", reply),
                                (b"failed\n", fingerd.FIXED["failed"])):
                 site.remember(line, kept)
                 self.assertNotIn(line, site.known)
@@ -2387,20 +2474,23 @@ class ReloadTest(unittest.TestCase):
     def test_a_config_that_is_long_in_coming_holds_nobody_up(self):
         other = "[users]\nmoshez = Other words\n"
         with background() as program:
+            address = program.address
             os.unlink(program.config)
             os.mkfifo(program.config)
             os.chmod(program.config, 0o644)
+            program.rotate()
             os.kill(program.pid, signal.SIGHUP)
             with open(program.config, "wb", 0) as writer:   # it is reading
-                self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+                self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
+                program.wait_log("outcome=answered")    # in the new file
                 for _ in range(3):      # one of them is enough
                     os.kill(program.pid, signal.SIGHUP)
-                self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+                self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
                 writer.write(b"nonsense")
             program.wait_log("reload-failed")
             program.write(other)        # waits until it reads again
             program.wait_log(" reloaded ")
-            self.assertEqual(ask(program.address, b"moshez\r\n"),
+            self.assertEqual(ask(address, b"moshez\r\n"),
                              b"Other words\r\n")
             os.kill(program.pid, signal.SIGHUP)
             with open(program.config, "wb", 0):     # --stop needs the file
@@ -2780,6 +2870,12 @@ class ServiceManagerTest(unittest.TestCase):
                     said += sock.recv(100) + b" "
                 self.assertRegex(said, rb"RELOADING=1\nMONOTONIC_USEC=\d+ "
                                        rb"(WATCHDOG=1 )*READY=1")
+                for number in (2, 3):   # each is told, if not acted on
+                    program.process.send_signal(signal.SIGHUP)
+                    while said.count(b"RELOADING=1") < number:
+                        said += sock.recv(100)
+                while said.count(b"READY=1") < 2:
+                    said += sock.recv(100)
                 program.stop()
                 while sock.recv(100) != b"STOPPING=1":
                     pass
