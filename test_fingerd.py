@@ -2004,6 +2004,7 @@ class ProcessTest(unittest.TestCase):
             for _ in range(3):      # it is logged again when it happens again
                 stack.enter_context(connect(address))
             program.wait_line("starved", 2)
+            stack.close()
 
     def test_lowers_max_clients_to_what_the_system_allows(self):
         def limit():
@@ -2316,8 +2317,14 @@ class BackgroundTest(unittest.TestCase):
             pid, address = program.pid, program.address
             with connect(address) as sock:
                 sock.sendall(b"mos")        # takes it a while to give up
-                self.assertEqual(program.run("--stop"), (0, "", ""))
+                said = []
+                stop = threading.Thread(
+                    target=lambda: said.append(program.run("--stop")))
+                stop.start()
                 self.assertEqual(read_all(sock), b"Query timed out\r\n")
+                self.assertTrue(stop.is_alive())
+            stop.join(HANG)
+            self.assertEqual(said, [(0, "", "")])
             self.assertTrue(refused(address))
             if os.geteuid():
                 self.assertFalse(os.path.exists(program.pidfile))
@@ -2513,11 +2520,11 @@ class ReloadTest(unittest.TestCase):
         with background("[server]\nbackend = web\n[web]\n"
                         "prefix = https://127.0.0.1:1/\n") as program:
             used = []
-            for number in range(45):
+            for number in range(35):
                 os.kill(program.pid, signal.SIGHUP)
                 program.wait_log(" reloaded ", number + 1)
                 used.append(status_of(program.pid, "VmRSS"))
-            self.assertLess(used[-1] - used[14], 2048)
+            self.assertLess(used[-1] - used[9], 2048)
 
     def test_clients_that_are_here_get_the_new_limits(self):
         with background("[limits]\ntimeout = 60\n" + USERS) as program:
@@ -3582,8 +3589,8 @@ class BackendContract(BackendCase):
 
     def test_keeps_to_the_timeout(self):
         backend = self.make_known()
-        with self.takes(0.3, 0.3 + PROMPT):
-            self.assert_fails(".", self.ask, backend, "slow", False, 0.3,
+        with self.takes(0.15, 0.15 + PROMPT):
+            self.assert_fails(".", self.ask, backend, "slow", False, 0.15,
                               kind=TimeoutError)
 
     def test_answers_many_threads_each_its_own(self):
@@ -3834,9 +3841,9 @@ class FingerBackendTest(BackendCase):
             echo half
             sleep 60
             """)
-        with self.takes(0.3, 0.3 + PROMPT):
-            self.assert_fails("not done after 0.3 seconds, killed$",
-                              self.ask, backend, "alice", False, 0.3,
+        with self.takes(0.15, 0.15 + PROMPT):
+            self.assert_fails("not done after 0.15 seconds, killed$",
+                              self.ask, backend, "alice", False, 0.15,
                               kind=TimeoutError)
         self.assertEqual(family.gone(), b"x\n")
 
@@ -3919,7 +3926,7 @@ class FingerBackendTest(BackendCase):
 
     def test_reports_complaints_of_a_program_that_is_late(self):
         backend = self.make_script("echo waiting >&2; exec sleep 60")
-        self.assert_fails("killed$", self.ask, backend, "alice", False, 0.3,
+        self.assert_fails("killed$", self.ask, backend, "alice", False, 0.15,
                           kind=TimeoutError)
         self.assertRegex(self.reports[0], "on standard error: waiting$")
 
@@ -4215,7 +4222,7 @@ class WebBackendTest(BackendCase):
                       "<li> \n", "<li><p>", "<td>", "<p>", "<b>", "&", "&#",
                       "&#9", "&#x9", "&lt", "&a", " ", "\n", "\t", "\xa0",
                       "\2", "<div>", "x<", "]]>", "--", "-->"):
-            for start in ("", "<pre>", "<a b='", "&#"):
+            for start in ("", "<a b='"):
                 page = start + piece * (size // len(piece))
                 begin = time.process_time()
                 fingerd_backends.html_text(page[:size])
@@ -4435,9 +4442,9 @@ class WebBackendTest(BackendCase):
         origin = self.start_origin(
             {"/~" + name: page for name, page in pages.items()})
         backend = self.make_web(origin)
-        with self.takes(0.5, 0.5 + PROMPT):
+        with self.takes(0.25, 0.25 + PROMPT):
             results = in_threads([
-                lambda name=name: self.ask(backend, name, False, 0.5)
+                lambda name=name: self.ask(backend, name, False, 0.25)
                 for name in pages])
         for name, result in zip(pages, results):
             with self.subTest(name):
@@ -4460,9 +4467,9 @@ class WebBackendTest(BackendCase):
         origin = self.start_origin(
             {"/~x": drip(b"HTTP/1.0 200 OK\r\n\r\n")}, tls=tls)
         backend = self.make_web(origin)
-        with self.takes(0.3, 0.3 + PROMPT):
+        with self.takes(0.15, 0.15 + PROMPT):
             self.assert_fails("timed out$", self.ask, backend, "x", False,
-                              0.3, kind=TimeoutError)
+                              0.15, kind=TimeoutError)
 
     def test_a_slow_tls_handshake_leaves_less_for_the_page(self):
         tls = self.trust_test_cert()
@@ -4489,9 +4496,9 @@ class WebBackendTest(BackendCase):
             port = server.getsockname()[1]
             backend = self.make_web(
                 None, url=f"https://127.0.0.1:{port}/{{user}}")
-            with self.takes(0.3, 0.3 + PROMPT):
+            with self.takes(0.15, 0.15 + PROMPT):
                 self.assert_fails("timed out$", self.ask, backend, "x", False,
-                                  0.3, kind=TimeoutError)
+                                  0.15, kind=TimeoutError)
             leaving.set()
             thread.join(HANG)
 
@@ -4507,9 +4514,9 @@ class WebBackendTest(BackendCase):
                 filler.connect_ex(address)
             backend = self.make_web(
                 None, url=f"http://127.0.0.1:{address[1]}/{{user}}")
-            with self.takes(0.3, 0.3 + PROMPT):
+            with self.takes(0.15, 0.15 + PROMPT):
                 self.assert_fails("timed out$", self.ask, backend, "x", False,
-                                  0.3, kind=TimeoutError)
+                                  0.15, kind=TimeoutError)
 
     def test_a_dead_address_does_not_starve_the_next(self):
         # No real name has such addresses everywhere, nor a service that
@@ -4554,9 +4561,9 @@ class WebBackendTest(BackendCase):
         self.answer_names_with(hang)
         self.addCleanup(release.set)
         backend = self.make_web(None, url="http://test.invalid/{user}")
-        with self.takes(0.3, 0.3 + PROMPT):
+        with self.takes(0.15, 0.15 + PROMPT):
             results = in_threads([
-                lambda name=name: self.ask(backend, name, False, 0.3)
+                lambda name=name: self.ask(backend, name, False, 0.15)
                 for name in "abcdefgh"])
         self.assertEqual({(type(result), str(result)) for result in results},
                          {(TimeoutError, (f"GET http://test.invalid/{name}: "
@@ -4704,9 +4711,9 @@ class WebBackendTest(BackendCase):
             os.environ["https_proxy"] = f"http://127.0.0.1:{port}"
             self.addCleanup(os.environ.pop, "https_proxy")
             backend = self.make_web(None, url="https://test.invalid/~{user}")
-            with self.takes(0.3, 0.3 + PROMPT):
+            with self.takes(0.15, 0.15 + PROMPT):
                 self.assert_fails("timed out$", self.ask, backend, "x", False,
-                                  0.3, kind=TimeoutError)
+                                  0.15, kind=TimeoutError)
             leaving.set()
             thread.join(HANG)
 
@@ -4838,13 +4845,13 @@ class WebBackendTest(BackendCase):
         origin.pages["/~x"] = (500, {}, b"")
         now[0] = 100.0
         thread = threading.Thread(target=self.ask,
-                                  args=(backend, "x", False, 0.3))
+                                  args=(backend, "x", False, 0.15))
         thread.start()
         self.assertTrue(stuck.wait(HANG))
         origin.pages["/~x"] = text_page("again\n")
         with self.takes(0, PROMPT):
             with contextlib.suppress(TimeoutError):
-                self.ask(backend, "x", False, 0.3)
+                self.ask(backend, "x", False, 0.15)
             self.assertEqual(self.ask(backend, "x"), "again\n")
         release.set()
         thread.join(HANG)
@@ -5330,9 +5337,9 @@ class SoakTest(unittest.TestCase):
     @needs_proc
     def test_survives_everything_at_once(self):
         with soaking() as soak:
-            soak.run(0.4, 1)
+            soak.run(0.2, 1)
             before = soak.calm_down()
-            soak.run(1, 100)
+            soak.run(0.7, 100)
             self.assertLess(soak.calm_down() - before, SOAK_GROWTH)
             self.assertGreater(min(len(soak.took), soak.asked), 30)
             self.assertLess(max(soak.took), HANG / 2)
