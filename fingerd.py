@@ -1799,7 +1799,10 @@ class FingerServer(socketserver.ThreadingTCPServer):
             self.leave(client, "gone")
             return
         line = client.data = client.data + data if client.data else data
-        if line not in self.site.known:
+        known = self.site.known.get(line)
+        if known:
+            client.reply, client.rest = known, known.data
+        else:
             end = find_line_end(line)
             if end:
                 line = strip_telnet(line[:end.end()])
@@ -1826,10 +1829,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
                                         time.monotonic()):
             self.refuse(request, "limited")
             return
-        reply = self.site.known.get(request.data)
-        if reply:
-            request.reply, request.rest = reply, reply.data
-        else:
+        if not request.reply:
             self.ask_handler(request)
         if request.reply:
             self.send(request)
@@ -1991,9 +1991,6 @@ class FingerServer(socketserver.ThreadingTCPServer):
     def drop(self, client: Client) -> None:
         if client.state:
             self.move(client, "")
-        self.close_client(client)
-
-    def close_client(self, client: Client) -> None:
         client.sock.close()
         self.crowd -= 1
 
@@ -2008,22 +2005,22 @@ class FingerServer(socketserver.ThreadingTCPServer):
             del self.clients[old][client]
             if STATES[old]:
                 self.selector.unregister(client.sock)
-        client.state = state if self.watch(client, STATES.get(state)) else ""
-        if client.state:
+        client.state = ""
+        if state and self.watch(client, STATES[state]):
+            client.state = state
             client.deadline = deadline or self.deadline_of(client, state)
             self.clients[state][client] = None
         if bool(old) != bool(client.state):
             self.count_host(address_key(client.host), -1 if old else 1)
 
-    def watch(self, client: Client, events: int | None) -> bool:
+    def watch(self, client: Client, events: int) -> bool:
         """Register a client; close one that the system has no room for."""
         try:
             if events:
                 self.selector.register(client.sock, events, client)
         except OSError as error:
             self.log.event("error", "starved", reason=reason(error))
-            self.log_query(client, Reply("gone", b""))
-            self.close_client(client)
+            self.leave(client, "gone")
             return False
         return True
 
