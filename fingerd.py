@@ -1413,11 +1413,11 @@ class Site:
 def connect_before(deadline: float, host: str, port: int) -> socket.socket:
     """Connect to the first address of a host that can be had in time."""
     failure = OSError(f"{host} has no address")
-    for family, kind, protocol, _, address in socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM):
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for tried, (family, kind, protocol, _, address) in enumerate(found):
         sock = socket.socket(family, kind, protocol)
-        try:
-            sock.settimeout(seconds_left(deadline))
+        try:    # a share for each: one that is dead must not starve the next
+            sock.settimeout(seconds_left(deadline) / (len(found) - tried))
             sock.connect(address)
             return sock
         except OSError as error:
@@ -1695,6 +1695,8 @@ class FingerServer(socketserver.ThreadingTCPServer):
         if wanted == self.listening:
             return
         self.listening = wanted
+        if wanted:      # the first is told of first, and may take the room
+            self.listeners = self.listeners[1:] + self.listeners[:1]
         for listener in self.listeners:
             if wanted:
                 self.selector.register(listener, selectors.EVENT_READ,
@@ -1855,12 +1857,13 @@ class FingerServer(socketserver.ThreadingTCPServer):
         while queued and self.lookups < self.site.config.limits.max_threads:
             client = next(iter(queued))
             client.lookup_deadline = client.deadline - GRACE
-            self.move(client, "asking", client.deadline)
-            self.lookups += 1
             try:
                 super().process_request(client, client.host)
+                self.lookups += 1
+                self.move(client, "asking", client.deadline)
             except RuntimeError as error:       # no thread to be had
-                self.lookups -= 1
+                if self.lookups:
+                    return                      # until one of them ends
                 self.log.event("error", "starved", reason=str(error))
                 self.attempt(self.refuse, client, "failed")
 
@@ -2122,7 +2125,7 @@ DEFAULT_TIMEOUT = 60.0          # seconds, where the config does not tell
 STOP_PATIENCE = 5.0             # seconds beyond the timeout, for --stop
 PIDFILE_PATIENCE = 0.3          # seconds; others hold its lock for less
 SPARE_DESCRIPTORS = 32          # log, listeners, selector, Python's own
-LOOKUP_DESCRIPTORS = 4          # a thread's socket, or pipes of its process
+LOOKUP_DESCRIPTORS = 7          # a thread's socket, or pipes of its process
 
 
 class StartError(Exception):
@@ -2253,7 +2256,7 @@ def passed_listeners() -> list[socket.socket]:
 
 
 def fit_max_clients(config: Any, log: Log) -> None:
-    """Raise the limit of descriptors, and keep max_clients within it."""
+    """Raise the limit of descriptors, and keep clients and threads in it."""
     limits = config.limits
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
@@ -2265,7 +2268,12 @@ def fit_max_clients(config: Any, log: Log) -> None:
     most = soft - SPARE_DESCRIPTORS
     if config.server.forward or any(
             backend.waits for _, backend in config.backends):
-        most -= min(LOOKUP_DESCRIPTORS * limits.max_threads, most // 2)
+        threads = max(1, most // 2 // LOOKUP_DESCRIPTORS)
+        if threads < limits.max_threads:
+            log.event("notice", "limits", max_threads=threads,
+                      descriptors=soft, configured=limits.max_threads)
+            limits.max_threads = threads
+        most -= LOOKUP_DESCRIPTORS * limits.max_threads
     most = max(1, most)
     if most < limits.max_clients:
         log.event("notice", "limits", max_clients=most, descriptors=soft,

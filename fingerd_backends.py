@@ -11,6 +11,7 @@ Sections: text, programs, finger, page text, one at a time, connections,
 cache, web.
 """
 
+import atexit
 import codecs
 import collections
 import contextlib
@@ -36,7 +37,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set
 
 __version__ = "1.0"
 
@@ -105,6 +106,20 @@ def open_pipe(reading, writing):
     return reading.enter_context(open(reader, "rb", 0)), writer
 
 
+class Running:
+    """The runs whose programs live: the daemon must not leave them behind."""
+
+    lock = threading.Lock()     # who is reaped has left before
+    runs: Set[Any] = set()
+
+    @classmethod
+    def kill_all(cls) -> None:
+        """Kill them at the end of the process."""
+        with cls.lock:
+            for run in cls.runs:
+                run.kill()
+
+
 class Run:
     """One run of a program: its process group, and what it has said.
 
@@ -134,6 +149,8 @@ class Run:
                 stdin=stdin, stdout=stdout, stderr=stderr, close_fds=True,
                 start_new_session=True)
             self.pipes = pipes.pop_all()
+        with Running.lock:
+            Running.runs.add(self)
 
     def read(self, deadline: float) -> None:
         """Read both pipes until all is said, or too much, or too late.
@@ -183,12 +200,18 @@ class Run:
         # to kill.  A grandchild that holds a pipe keeps the client waiting.
         return quiet and self.process.poll() is not None
 
-    def stop(self) -> bool:
-        """Kill the group, close the pipes, reap; False: it does not die."""
+    def kill(self) -> None:
+        """Kill the group, unless its number may be another's."""
         if self.process.returncode is None:
             # All may have ended, or be another user's.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
+
+    def stop(self) -> bool:
+        """Kill the group, close the pipes, reap; False: it does not die."""
+        with Running.lock:
+            Running.runs.discard(self)
+            self.kill()
         self.pipes.close()
         try:
             self.process.wait(REAP_TIME)
@@ -289,6 +312,8 @@ class FingerBackend:
 
     def __init__(self, options: Dict[str, Any],
                  report: Callable[[str], None]) -> None:
+        atexit.unregister(Running.kill_all)     # once is enough
+        atexit.register(Running.kill_all)
         default = {row[0]: row[2] for row in self.settings}
         verbose = "verbose_command"
         # Who sets a command of his own does not want /W to run finger.
@@ -437,6 +462,8 @@ CODECS = frozenset({
 READ_AS = {"ascii": "cp1252", "latin_1": "cp1252", "utf_8": "utf_8_sig"}
 META = re.compile(rb"<meta\b[^>]{0,200}?\bcharset\s*=\s*[\"']?([\w.:-]{1,40})",
                   re.IGNORECASE)
+CHARSET = re.compile(r";\s*charset\s*=\s*[\"']?([\w.:-]{1,40})",
+                     re.ASCII | re.IGNORECASE)  # email.message is quadratic
 META_SPAN = 1024    # bytes in which HTML must name its encoding
 
 
@@ -550,6 +577,7 @@ class Flights:
 
 BACK_OFF = 5.0      # seconds that a failing host or page is left alone
 FAIR_TIME = 1.0     # seconds: who had less and timed out has shown nothing
+HURRY = 0.9         # of the most seconds that anybody has had: as little
 RESOLVE_TIME = 60.0  # seconds after which a hung name service is asked again
 
 
@@ -969,6 +997,7 @@ class WebBackend:
         self.report = report
         self.clock = clock
         self.cache = Cache()
+        self.longest = 0.0      # seconds that anybody has had for a page
         self.flights = Flights()
         self.opener = self._make_opener(Dialler(clock).dial)
         # Later they may be out of reach; idna is for names of hosts.
@@ -1075,6 +1104,7 @@ class WebBackend:
         """Fetch a page; when that fails, fall back on what is known."""
         stale = (known is not None and not known.failure
                  and self.clock() < known.stale_until)
+        self.longest = max(self.longest, timeout)
         started = time.monotonic()
         try:
             # With an answer in hand, leave time to give it.
@@ -1083,7 +1113,8 @@ class WebBackend:
                 zlib.error) as error:
             reason = f"GET {url}: {plain_reason(error)}"
             again = self.clock()
-            if fair_failure(error, started):
+            hurried = timed_out(error) and timeout < HURRY * self.longest
+            if fair_failure(error, started) and (stale or not hurried):
                 again += min(BACK_OFF, self.keep)
             if not stale:
                 return Answer(None, again, 0.0, reason, timed_out(error))
@@ -1132,8 +1163,8 @@ class WebBackend:
         if kind not in HTML_TYPES and not TEXT_TYPE.fullmatch(kind):
             raise OSError(f'its type "{kind}" is not text')
         page = read_page(response, self.max_output)
-        codec = choose_codec(response.headers.get_content_charset(), page,
-                             kind in HTML_TYPES)
+        named = CHARSET.search(response.headers.get("Content-Type", ""))
+        codec = choose_codec(named and named[1], page, kind in HTML_TYPES)
         text = decode_text(page, codec, self.max_output)
         if kind in HTML_TYPES:
             text = html_text(text)

@@ -1400,6 +1400,22 @@ class ForwardTest(unittest.TestCase):
             self.assertEqual(server.ask(b"moshez" + b"@127.1" * 5 + b"\r\n"),
                              b"Finger forwarding service denied\r\n")
 
+    def test_a_dead_address_of_a_next_hop_does_not_starve_the_next(self):
+        with socket.socket() as dead, contextlib.ExitStack() as stack:
+            dead.bind(("127.0.0.1", 0))
+            dead.listen(0)
+            for _ in range(4):      # its queue is full then
+                filler = stack.enter_context(socket.socket())
+                filler.setblocking(False)
+                filler.connect_ex(dead.getsockname())
+            good = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "",
+                      sock.getsockname()) for sock in (dead, good)]
+            with mock.patch("socket.getaddrinfo", lambda *a, **k: found):
+                sock = stack.enter_context(fingerd.connect_before(
+                    time.monotonic() + 0.6, "hop.invalid", 79))
+            self.assertEqual(sock.getpeername(), good.getsockname())
+
     def test_gives_up_on_a_next_hop_that_hangs_or_is_away(self):
         reply, log = self.ask_hop(b"some", "timeout = 0.2", close=False)
         self.assertEqual(reply, FAILED)
@@ -1597,6 +1613,29 @@ class LimitsTest(unittest.TestCase):
             server.wait_log("room clients=2 limit=3")
             for sock in socks:
                 sock.close()
+
+    def test_a_crowd_at_one_address_leaves_room_to_another(self):
+        with contextlib.ExitStack() as stack:
+            backend = stack.enter_context(held())
+            server = stack.enter_context(serving(
+                "[limits]\nmax_clients = 1\n", [("held", backend)],
+                "127.0.0.1:0 127.0.0.1:0"))
+            first, second = (listener.getsockname()
+                             for listener in server.server.listeners)
+            socks = []
+            for number in range(12):
+                socks.append(stack.enter_context(connect(
+                    second if number in (1, 2) else first)))
+                socks[-1].sendall(b"u%d\r\n" % number)
+                if number == 0:
+                    self.assertTrue(backend.entered.acquire(timeout=HANG))
+            backend.release.set()
+            for sock in socks:
+                self.assertIn(b"held u", read_all(sock))
+                sock.close()
+            order = re.findall('q="(u[0-9]+)"', "\n".join(server.log()))
+            self.assertLess(order.index("u2"), 6)
+            self.assertLess(order.index("u4"), 6)
 
     def test_one_address_cannot_hold_more_than_its_share(self):
         with serving("[limits]\nmax_clients_per_host = 2\n" + USERS) as server:
@@ -1835,6 +1874,21 @@ class FaultsTest(unittest.TestCase):
                                           time.gmtime(int(clock)))
                     server.wait_log(f"^{stamp} query .*outcome=answered")
 
+    def test_who_can_have_no_thread_waits_for_one_that_runs(self):
+        with held() as backend, serving(backends=[("held", backend)]) as (
+                server), connect(server.address) as one, \
+                connect(server.address) as two:
+            one.sendall(b"bob\r\n")
+            self.assertTrue(backend.entered.acquire(timeout=HANG))
+            with mock.patch("threading.Thread.start", side_effect=RuntimeError(
+                    "can't start new thread")):
+                two.sendall(b"carol\r\n")
+                wait_until(lambda: server.server.clients["queued"], "queue")
+                self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+            backend.release.set()
+            self.assertEqual(read_all(one), b"held bob\r\n")
+            self.assertEqual(read_all(two), b"held carol\r\n")
+
     def test_threads_that_cannot_be_had_fail_only_who_needs_one(self):
         slow = TestBackend(lambda user, timeout: "slow\n")
         with serving(backends=[("slow", slow)]) as server:
@@ -2012,9 +2066,18 @@ class ProcessTest(unittest.TestCase):
         text = ("[server]\nbackend = users finger\n[finger]\n"
                 "command = /bin/echo\n[limits]\nmax_threads = 2\n" + USERS)
         with daemon(text, preexec_fn=limit) as program:
-            program.wait_line("limits max_clients=260 descriptors=300"
+            program.wait_line("limits max_clients=254 descriptors=300"
                               " configured=10000")
             self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+
+    def test_lowers_max_threads_to_what_their_programs_need(self):
+        def limit():
+            resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
+        with daemon("[server]\nbackend = finger\n[finger]\n"
+                    "command = /bin/echo\n", preexec_fn=limit) as program:
+            program.wait_line("limits max_threads=19 descriptors=300"
+                              " configured=64")
+            program.wait_line("limits max_clients=135 descriptors=300")
 
     def test_lowers_max_clients_for_good(self):
         def limit():
@@ -2504,6 +2567,21 @@ class ReloadTest(unittest.TestCase):
                 os.unlink(program.config)
                 program.write(other)
                 self.assertEqual(program.run("--stop"), (0, "", ""))
+
+    @needs_proc
+    def test_leaves_no_program_behind_that_had_more_time_once(self):
+        mark = "61.1288"
+        text = ("[server]\nbackend = finger\n[finger]\ncommand ="
+                f" /bin/sleep {mark}\n[limits]\ntimeout = ")
+        with background(text + "20\n") as program:
+            with connect(program.address) as sock:
+                sock.sendall(b"bob\r\n")
+                wait_until(lambda: processes_with(mark), "the program")
+                program.write(text + "0.1\n")
+                program.run("--reload")
+                self.assertEqual(read_all(sock), FAILED)
+            self.assertEqual(program.run("--stop"), (0, "", ""))
+            wait_until(lambda: not processes_with(mark), "its end")
 
     def test_reloads_without_a_thread_when_there_is_none(self):
         def limit():
@@ -4931,6 +5009,27 @@ class WebBackendTest(BackendCase):
                           kind=TimeoutError)
         origin.pages["/~x"] = text_page("hi\n")
         self.assertEqual(self.ask(backend, "x"), "hi\n")
+
+    def test_who_had_less_time_than_others_does_not_speak_for_a_page(self):
+        def slow(handler):
+            handler.server.leaving.wait(0.2)
+            handler.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Type:"
+                                b" text/plain\r\n\r\nhi\n")
+
+        origin = self.start_origin({"/~x": slow, "/~y": text_page("y\n")})
+        backend = self.make_web(origin)
+        with mock.patch.object(fingerd_backends, "FAIR_TIME", 0.01):
+            self.assertEqual(self.ask(backend, "y"), "y\n")
+            self.assert_fails("timed out", self.ask, backend, "x", False, 0.1)
+            self.assertEqual(self.ask(backend, "x"), "hi\n")
+
+    def test_a_hostile_content_type_takes_no_time_and_leaves_nothing(self):
+        page = (200, {"Content-Type": 'text/plain; a="' + ";" * 60000}, b"hi")
+        origin = self.start_origin({"/~x": page})
+        backend = self.make_web(origin)
+        begin = time.process_time()
+        self.assertEqual(self.ask(backend, "x"), "hi")
+        self.assertLess(time.process_time() - begin, 0.5)
 
     def test_a_flood_of_names_leaves_what_is_asked_for_again(self):
         cache = fingerd_backends.Cache()
