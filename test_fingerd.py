@@ -109,6 +109,12 @@ def ask(address, *segments):
         return read_all(sock)
 
 
+def reset(sock):
+    """Have the close of a socket be a reset."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                    struct.pack("ii", 1, 0))
+
+
 def wait_until(condition, what):
     """Poll a condition; fail after HANG seconds."""
     deadline = time.monotonic() + HANG
@@ -1308,8 +1314,7 @@ class BackendsTest(unittest.TestCase):
             with connect(server.address) as sock:
                 sock.sendall(b"bob\r\n")
                 self.assertTrue(backend.entered.acquire(timeout=HANG))
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                                struct.pack("ii", 1, 0))
+                reset(sock)
             backend.release.set()
             server.wait_log('q="bob" outcome=gone backend=- bytes=0')
 
@@ -1533,8 +1538,7 @@ class LimitsTest(unittest.TestCase):
                 sock.sendall(data)
                 wait_until(lambda: [c for c in server.server.clients[
                     "reading"] if c.data == data], "the client")
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                                struct.pack("ii", 1, 0))
+                reset(sock)
                 sock.close()
             server.wait_log("outcome=gone", 2)
             self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
@@ -1574,6 +1578,28 @@ class LimitsTest(unittest.TestCase):
                 self.assertEqual(server.crowd, 1)
                 server.look_at_lingering(now + fingerd.LINGER)
                 self.assertEqual(server.crowd, 0)
+
+    def test_of_many_answered_the_oldest_are_closed_before_their_moment(self):
+        with mock.patch.multiple(fingerd, LINGER=0.5, GATHER=0,
+                                 LINGERING=3), \
+                serving() as server:
+            for _ in range(20):
+                self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+            self.assertLess(server.server.crowd, 10)
+
+    def test_takes_more_clients_in_a_row_when_more_are_waiting(self):
+        log = fingerd.Log()
+        listeners = fingerd.open_listeners([("127.0.0.1", 0)])
+        with contextlib.ExitStack() as stack:
+            server = stack.enter_context(fingerd.FingerServer(
+                listeners, fingerd.Site(read_config(""), log), log))
+            for _ in range(30):
+                stack.enter_context(connect(listeners[0].getsockname()))
+            server.batch, turns = 1, 0
+            while server.crowd < 30 and turns < 30:
+                server.accept_clients(listeners[0])
+                turns += 1
+            self.assertLess(turns, 20)
 
     def test_a_client_that_never_closes_is_closed_at_the_deadline(self):
         with serving("[limits]\ntimeout = 0.1\n" + USERS) as server:
@@ -5252,12 +5278,6 @@ SOAK_BAD = [
     b"p-fail", b"p-hang", b"p-flood", b"p-fork", b"w-error", b"w-hang",
     b"w-drip", b"w-lie", b"w-reset", b"w-flood", b"w-noise", b"x@127.0.0.2",
     b"nobody", b"", b"\0", b"x" * 600, b"a b c d e f g h i", b"@@@@"]
-
-
-def reset(sock):
-    """Have the close of a socket be a reset."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                    struct.pack("ii", 1, 0))
 
 
 def reset_page(handler):
