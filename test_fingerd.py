@@ -1654,6 +1654,7 @@ class LimitsTest(unittest.TestCase):
                 socks.append(stack.enter_context(connect(
                     second if number in (1, 2) else first)))
                 socks[-1].sendall(b"u%d\r\n" % number)
+                socks[-1].shutdown(socket.SHUT_WR)  # its place is free then
                 if number == 0:
                     self.assertTrue(backend.entered.acquire(timeout=HANG))
             backend.release.set()
