@@ -1688,10 +1688,14 @@ class FingerServer(socketserver.ThreadingTCPServer):
         most = self.site.config.limits.max_clients
         if self.crowd >= most:
             self.look_at_lingering(math.inf)    # most of them have gone
+            self.listen(False)                  # then another comes first
         if self.full != (self.crowd >= most):
             self.full = not self.full
             self.log_full(now)
-        wanted = not self.full and now >= self.paused_until
+        self.listen(not self.full and now >= self.paused_until)
+
+    def listen(self, wanted: bool) -> None:
+        """Have the selector tell of new clients, or not."""
         if wanted == self.listening:
             return
         self.listening = wanted

@@ -1661,6 +1661,7 @@ class LimitsTest(unittest.TestCase):
             for sock in socks:
                 self.assertIn(b"held u", read_all(sock))
                 sock.close()
+            server.wait_log("outcome=answered", 12)
             order = re.findall('q="(u[0-9]+)"', "\n".join(server.log()))
             self.assertLess(order.index("u2"), 6)
             self.assertLess(order.index("u4"), 6)
