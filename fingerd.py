@@ -16,7 +16,9 @@ Sections, from the protocol outward to the operating system:
     Backends      where texts come from
     Settings      the config file, checked as a whole before anything starts
     Log           one line for each connection
-    Site          policy: who is answered, and what
+    Answers       policy: who is answered, and what
+    Forwarding    asking another finger server
+    Clients       the life of a client, and what it waits for
     Server        clients, deadlines and limits in one loop
     Process       listening sockets, signals, the order of the start
     Command line  options and exit statuses
@@ -24,6 +26,7 @@ Sections, from the protocol outward to the operating system:
 
 from __future__ import annotations
 
+import array
 import collections
 import contextlib
 import errno
@@ -44,6 +47,7 @@ import signal
 import socket
 import socketserver
 import stat
+import struct
 import sys
 import threading
 import time
@@ -55,6 +59,7 @@ __version__ = "1.0"
 MAX_USERS = 8           # names in one line; each may cost a whole lookup
 MAX_HOSTS = 4           # in a chain that is forwarded: it may be a circle
 FINGER_PORT = 79        # RFC 1288 2.1; also where a forwarded query goes
+READ_SIZE = 4096        # bytes asked for at once
 DONT_WAIT = int(socket.MSG_DONTWAIT)    # int(): an enum's | costs 2 us
 CONFIG_FILES = ("fingerd.conf", "/etc/fingerd.conf")
 
@@ -76,16 +81,20 @@ def format_traceback() -> str:
 
 # ---- Query ----------------------------------------------------------------
 
-# Telnet commands (RFC 854): subnegotiations, options, others, and one that
-# is not complete yet.  IAC IAC is a byte 255 and stays: it is no UTF-8.
-TELNET = re.compile(rb"(\xff\xff)|\xff(?:\xfa(?:[^\xff]|\xff[^\xf0])*\xff\xf0"
-                    rb"|[\xfb-\xfe].|[^\xfa-\xff])|\xff.*\Z", re.DOTALL)
-LINE_END = re.compile(rb"\r?\n|\r\0")   # CR NUL: telnet in character mode
+RAW_SHARE = 4           # bytes that may come for each byte of max_query
 CONTROL = re.compile(rb"[\0-\x08\x0a-\x1f\x7f]|\xc2[\x80-\x9f]")  # not TAB
+
+# Telnet (RFC 854): some of its bytes, and what the byte before has begun.
+IAC, SB, SE, WILL, DONT = 255, 250, 240, 251, 254
+TEXT, COMMAND, OPTION, SUBNEGOTIATION, SUB_COMMAND = range(5)
 
 
 class MalformedQuery(ValueError):
     """The line is not a query that RFC 1288 or its clients know."""
+
+
+class LineTooLong(ValueError):
+    """More has come than a query line may have."""
 
 
 class Query(NamedTuple):
@@ -96,32 +105,108 @@ class Query(NamedTuple):
     hosts: tuple[str, ...]      # {H}, the next hop last
 
 
-def find_line_end(data: bytes) -> re.Match[bytes] | None:
-    """Match the first line end in data, none inside a telnet command."""
-    if b"\xff" in data:
-        data = TELNET.sub(lambda match: b"." * len(match[0]), data)
-    return LINE_END.search(data)
+def is_plain(text: bytes) -> bool:
+    """Is this one name of letters, digits, and - . _ between them?
+
+    Most queries are, and need no more than this look at them.
+    """
+    return text.translate(None, b"-._").isalnum()
 
 
-def strip_telnet(data: bytes) -> bytes:
-    """Take out the commands that telnet(1) sends among what is typed."""
-    return TELNET.sub(rb"\1", data) if b"\xff" in data else data
+class QueryLine:
+    """A line as it comes in, without telnet commands and line end.
+
+    The text is the same however the bytes are cut into segments, and each
+    byte is looked at once.
+    """
+
+    __slots__ = ("text", "limit", "taken", "telnet")
+
+    def __init__(self, limit: int) -> None:
+        self.text: bytes | bytearray = b""
+        self.limit = limit      # bytes of text
+        self.taken = 0          # bytes that have come
+        self.telnet = TEXT
+
+    def room(self) -> int:
+        """Give the number of bytes that may come next."""
+        return min(RAW_SHARE * self.limit - self.taken, READ_SIZE)
+
+    def add(self, data: bytes) -> bool:
+        """Add a segment, b"" for the end of file; is the line complete?
+
+        Raises LineTooLong, and then the text is what fits.
+        """
+        text = data.rstrip(b"\r\n")
+        if (self.taken or not data.endswith(b"\n") or not is_plain(text)
+                or len(text) > self.limit):
+            return self.add_part(data)
+        self.text, self.taken = text, len(data)
+        return True
+
+    def add_part(self, data: bytes) -> bool:
+        """Add to a line that comes in parts, or is not plain."""
+        self.taken += len(data)
+        start = len(self.text)
+        self.text = text = self.text or bytearray()
+        text += self.strip_telnet(data)
+        end = find_line_end(text, start)
+        complete = end >= 0 or not data
+        if complete:
+            text = bytes(text[:end] if end >= 0 else text).rstrip(b"\r")
+        # A CR beyond the limit may still be of the line end.
+        if (text[max(start, self.limit):].strip(b"\r")
+                or not complete and self.room() <= 0):
+            self.text = bytes(text[:self.limit])
+            raise LineTooLong
+        self.text = text
+        return complete
+
+    def strip_telnet(self, data: bytes) -> bytes | bytearray:
+        """Drop telnet commands, also one that is cut in two."""
+        if not self.telnet and b"\xff" not in data:
+            return data
+        text = bytearray()
+        for byte in data:
+            before, self.telnet = self.telnet, follow_telnet(self.telnet, byte)
+            if self.telnet == TEXT and (
+                    before == TEXT or before == COMMAND and byte == IAC):
+                text.append(byte)       # IAC IAC is a byte 255
+        return text
 
 
-def strip_line(line: bytes) -> bytes:
-    """Take the line end off, and telnet commands out."""
-    line = strip_telnet(line)
-    return line[:-2] if line.endswith(b"\r\0") else line.rstrip(b"\r\n")
+def follow_telnet(state: int, byte: int) -> int:
+    """Give the state of a telnet stream after one more byte."""
+    if state == TEXT:
+        return COMMAND if byte == IAC else TEXT
+    if state == COMMAND and byte == SB:
+        return SUBNEGOTIATION
+    if state == COMMAND and WILL <= byte <= DONT:
+        return OPTION
+    if state == SUBNEGOTIATION:
+        return SUB_COMMAND if byte == IAC else SUBNEGOTIATION
+    if state == SUB_COMMAND and byte != SE:
+        return SUBNEGOTIATION
+    return TEXT
 
 
-def parse_query(line: bytes, own_names: frozenset[str] = frozenset()) -> Query:
-    """Make a Query of a line, with or without its end (RFC 1288 2.3).
+def find_line_end(text: bytes | bytearray, start: int) -> int:
+    """Find the first LF, or CR NUL as telnet sends it, from start; or -1."""
+    newline = text.find(b"\n", start)
+    nul = text.find(b"\r\0", max(0, start - 1))
+    return min(newline, nul) if newline >= 0 <= nul else max(newline, nul)
 
-    own_names are this host's, in lower case: as the last host of a chain
+
+def parse_query(line: bytes,
+                own_names: Callable[[], Container[str]] = frozenset) -> Query:
+    """Make a Query of a line without its end (RFC 1288 2.3).
+
+    own_names() gives this host's, in lower case: as the last host of a chain
     they are dropped, since Emacs sends all of user@host to that host.
     Raises MalformedQuery, and nothing else.
     """
-    line = strip_line(line)
+    if is_plain(line):
+        return Query((line.decode(),), False, ())
     if CONTROL.search(line):
         raise MalformedQuery("control character")
     try:
@@ -133,12 +218,12 @@ def parse_query(line: bytes, own_names: frozenset[str] = frozenset()) -> Query:
         raise MalformedQuery("too many names")
     verbose = len(names) < len(tokens)
     if b"@" in line:
-        return parse_hosts(names, verbose, own_names)
+        return parse_hosts(names, verbose, own_names())
     return Query(tuple(names), verbose, ())
 
 
 def parse_hosts(names: list[str], verbose: bool,
-                own_names: frozenset[str]) -> Query:
+                own_names: Container[str]) -> Query:
     """Make a Query of names that have an @host among them."""
     users = []
     for name in names:
@@ -169,13 +254,13 @@ TRUNCATED = b"[truncated]\r\n"
 class Reply(NamedTuple):
     """What the client gets and what the log says of it."""
 
-    outcome: str                # a key of FIXED, or one of OUTCOMES
+    outcome: str                # one of OUTCOMES
     data: bytes                 # for the wire: UTF-8, CRLF, nothing unsafe
     backend: str = "-"          # the name of the one that answered
 
 
 # RFC 1288 3.2.1 and 3.2.2 suggest the two texts that end in "denied".
-FIXED = {outcome: Reply(outcome, text + b"\r\n") for outcome, text in {
+FIXED_REPLIES = {outcome: Reply(outcome, text + b"\r\n") for outcome, text in {
     "unknown": b"No such user",
     "failed": b"Internal error in server",
     "list-denied": b"Finger online user list denied",
@@ -187,7 +272,17 @@ FIXED = {outcome: Reply(outcome, text + b"\r\n") for outcome, text in {
     "silent": b"Query timed out",
     "limited": b"Too many queries, try again later",
 }.items()}
-OUTCOMES = (*FIXED, "answered", "list", "forwarded", "gone")
+OUTCOMES = (*FIXED_REPLIES, "answered", "list", "forwarded", "gone")
+GONE = Reply("gone", b"")           # the client left, or did not read
+SILENCE = Reply("silent", b"")      # the client has sent an end of file only
+
+
+class Refused(Exception):
+    """A client gets this reply instead of an answer."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply.outcome)
+        self.reply = reply
 
 
 def show_unsafe(match: re.Match[str]) -> str:
@@ -243,8 +338,6 @@ class UsersBackend:
     threads at once; it knows nothing of sockets, config files or the log.
 
     waits         may lookup() block?  If not, it is asked without a thread.
-    lasting       does the same question always get the same answer, whoever
-                  asks?  Then the server may remember it.
     settings      rows (name, kind of KINDS, default, help), or None where
                   any name may stand in the section.
     options       what stands there, converted; a value that will not do is
@@ -262,7 +355,6 @@ class UsersBackend:
     """
 
     waits = False
-    lasting = True
     settings = None
 
     def __init__(self, options: dict[str, str],
@@ -414,6 +506,13 @@ def size(text: str) -> int:
     return number
 
 
+def reply_size(text: str) -> int:
+    """Convert bytes with room for each of the fixed replies."""
+    if size(text) < 64:
+        raise ValueError("is less than 64 bytes")
+    return size(text)
+
+
 def words(text: str) -> tuple[str, ...]:
     """Convert words with spaces or line ends between them."""
     return tuple(text.split())
@@ -561,6 +660,7 @@ KINDS = {
     "count": Kind(count, "100"),
     "limit": Kind(limit, "100"),
     "size": Kind(size, "64K"),
+    "reply size": Kind(reply_size, "64K"),
     "text": Kind(str, "some text"),
     "words": Kind(words, "one two"),
     "hosts": Kind(hosts, "example.org"),
@@ -604,7 +704,7 @@ SETTINGS = (
     Setting("limits", "timeout", "seconds", "10",
             "seconds for the query, for the backend, and for the reply"),
     Setting("limits", "max_query", "size", "512", "bytes in a query line"),
-    Setting("limits", "max_reply", "size", "64K", "bytes in a reply"),
+    Setting("limits", "max_reply", "reply size", "64K", "bytes in a reply"),
     Setting("limits", "max_clients", "count", "10000", "clients at a time"),
     Setting("limits", "max_clients_per_host", "count", "100",
             "clients at a time of one address, or IPv6 /64"),
@@ -969,7 +1069,7 @@ def escape(match: re.Match[str]) -> str:
 
 def quote_line(line: bytes) -> str:
     """Quote what a client has sent, without its end."""
-    return quote(strip_line(line).decode("ascii", "surrogateescape"))
+    return quote(line.decode("ascii", "surrogateescape"))
 
 
 quote_short_line = functools.lru_cache(maxsize=256)(quote_line)
@@ -1096,7 +1196,7 @@ class Log:
         if self.json:
             self.write("info", self.format("query", {
                 "client": host, "port": port,
-                "q": strip_line(line).decode("utf-8", "backslashreplace"),
+                "q": line.decode("utf-8", "backslashreplace"),
                 "outcome": reply.outcome, "backend": reply.backend,
                 "bytes": sent, "ms": ms}))
         else:
@@ -1182,46 +1282,22 @@ def open_log_file(path: str, owner: tuple[int, int] | None) -> int:
     return fd
 
 
-# ---- Site -----------------------------------------------------------------
+# ---- Answers --------------------------------------------------------------
 
-MAX_KNOWN = 1024        # replies that are remembered
-MAX_KNOWN_SIZE = 4096   # bytes of one of them, with its line
+FRAMED = 8              # framed replies kept, for many slow readers of one
 
 
 class WouldWait(Exception):
     """A backend that may block is to be asked, and no thread is at hand."""
 
 
-class BackendFailed(Exception):
-    """A backend could not answer; the log has been told why."""
-
-
-def plain_address(host: str) -> str:
-    """Give the numeric address without a scope, IPv4 also where mapped."""
-    if ":" not in host:
-        return host
-    host = host.partition("%")[0]
-    return host[7:] if host.startswith("::ffff:") and "." in host else host
-
-
-@functools.lru_cache(maxsize=4096)
-def address_key(host: str) -> str:
-    """Give what counts as one address: an IPv4 address, an IPv6 /64."""
-    if ":" not in host:
-        return host
-    return socket.inet_pton(socket.AF_INET6, host)[:8].hex()
-
-
-class Site:
+class Answers:
     """What is answered, and to whom: policy and backends of one config."""
 
     def __init__(self, config: Any, log: Log) -> None:
         self.config = config
         self.log = log
-        self.backends = config.backends
-        self.max_query = config.limits.max_query
-        self.max_reply = config.limits.max_reply
-        self.rate = config.limits.queries_per_minute
+        self.limits = config.limits
         server = config.server
         self.header = to_wire(server.header) if server.header else b""
         self.footer = to_wire(server.footer) if server.footer else b""
@@ -1230,64 +1306,27 @@ class Site:
         self.hops: dict[str, str] = {}      # addresses, for a chroot
         self.own_ports: set[int] = set()    # that we listen on
         self.guarded = bool(server.allow or server.deny)
-        self.allows = functools.lru_cache(maxsize=4096)(self.find_access)
-        self.lasting = all(getattr(backend, "lasting", False)
-                           for _, backend in self.backends)
-        self.known: dict[bytes, Reply] = {}     # by the line, with its end
+        self.framing = bool(self.header or self.footer)
+        # Of functions, not methods: a cycle would keep old configs alive.
+        self.allows = functools.lru_cache(maxsize=4096)(functools.partial(
+            is_allowed, server.allow, server.deny))
+        self.framed = functools.lru_cache(maxsize=FRAMED)(functools.partial(
+            frame, self.header, self.footer, self.limits.max_reply))
 
-    def find_access(self, host: str) -> bool:
-        """May this address ask?  A deny wins over any allow."""
-        if not self.guarded:
-            return True
-        import ipaddress  # networks() has loaded it
-        address = ipaddress.ip_address(host)
-        server = self.config.server
-        if any(address in network for network in server.deny):
-            return False
-        return not server.allow or any(address in network
-                                       for network in server.allow)
-
-    def remember(self, line: bytes, reply: Reply) -> None:
-        """Keep a reply that anybody gets for this line until a reload."""
-        if self.lasting and reply.outcome != "failed" and (
-                line.endswith(b"\n") and b"@" not in line
-                and len(line) + len(reply.data) <= MAX_KNOWN_SIZE):
-            if len(self.known) >= MAX_KNOWN:
-                self.known.clear()
-            self.known[line] = reply
-
-    def answer(self, line: bytes, client: str, reached: Callable[[], str],
-               deadline: float | None = None) -> Reply | None:
-        """Answer a line of this client, in time for deadline (monotonic).
+    def answer(self, query: Query, client: str,
+               deadline: float | None = None) -> Reply:
+        """Answer a query of this client, in time for deadline (monotonic).
 
         Without a deadline no backend that waits is asked: where one would
-        have to be, the answer is None.  reached() tells the address that
-        the client has reached this host by.
+        have to be, WouldWait is raised.
         """
-        if len(line) > self.max_query and (
-                len(strip_line(line)) > self.max_query):
-            return FIXED["too-long"]
-        try:
-            query = parse_query(line)
-            if query.hosts:
-                address = reached()
-                query = parse_query(line, self.names.union(
-                    (address, f"[{address}]")))
-        except MalformedQuery:
-            return FIXED["malformed"]
-        try:
-            if query.hosts:
-                return self.forward(query, deadline)
-            if query.users:
-                return self.look_up(query, client, deadline)
-            return self.list_users(query, client, deadline)
-        except WouldWait:
-            return None
+        if query.hosts:
+            return self.forward(query, deadline)
+        if query.users:
+            return self.look_up(query, client, deadline)
+        return self.list_users(query, client, deadline)
 
-    # {Q1} with names.
-
-    def look_up(self, query: Query, client: str,
-                deadline: float | None) -> Reply:
+    def look_up(self, query, client, deadline):
         """Answer for each name in turn, an empty line between them."""
         if len(query.users) == 1:
             reply = self.look_up_user(query.users[0], query.verbose, client,
@@ -1296,31 +1335,45 @@ class Site:
             reply = join_replies([
                 self.look_up_user(user, query.verbose, client, deadline)
                 for user in query.users])
-        data = reply.data
-        if reply.outcome == "answered":
-            data = self.frame(data)
-        elif len(query.users) > 1:
-            data = truncate(data, self.max_reply)
-        return reply if data is reply.data else reply._replace(data=data)
+        if reply.outcome == "answered" and self.framing or (
+                len(reply.data) > self.limits.max_reply):
+            return reply._replace(data=self.framed(reply.outcome, reply.data))
+        return reply
 
-    def look_up_user(self, user: str, verbose: bool, client: str,
-                     deadline: float | None) -> Reply:
-        """Ask the backends in order until one knows the user."""
-        for name, backend in self.backends:
-            try:
-                data = self.ask(name, backend, backend.lookup, deadline,
-                                user, verbose, client)
-            except BackendFailed:
-                return FIXED["failed"]._replace(backend=name)
-            if data is not None:
-                return Reply("answered", data, name)
-        return FIXED["unknown"]
+    def look_up_user(self, user, verbose, client, deadline):
+        """Ask the backends in order until one knows the user, or fails."""
+        for name, backend in self.config.backends:
+            reply = self.ask(name, backend, backend.lookup, deadline,
+                             user, verbose, client)
+            if reply:
+                return reply
+        return FIXED_REPLIES["unknown"]
 
-    def ask(self, name: str, backend: Any, method: Callable[..., Any],
-            deadline: float | None, *args: Any) -> bytes | None:
-        """Give what a backend says as wire bytes, None if it knows nothing.
+    def list_users(self, query, client, deadline):
+        """Give the welcome text, or the backends' lists, one by one."""
+        server = self.config.server
+        if server.welcome:
+            return Reply("list", self.framed("list", to_wire(server.welcome)))
+        if not server.user_list:
+            return FIXED_REPLIES["list-denied"]
+        replies = []
+        for name, backend in self.config.backends:
+            if hasattr(backend, "user_list"):
+                reply = self.ask(name, backend, backend.user_list, deadline,
+                                 query.verbose, client)
+                if reply and reply.outcome == "failed":
+                    return reply
+                replies += [reply] if reply else []
+        if not replies:
+            return FIXED_REPLIES["list-denied"]
+        data = b"".join(reply.data for reply in replies)
+        return Reply("list", self.framed("list", data),
+                     ",".join(reply.backend for reply in replies))
 
-        Raises WouldWait, or BackendFailed once the reason is in the log.
+    def ask(self, name, backend, method, deadline, *args):
+        """Give a backend's reply, or None; log why it failed.
+
+        Raises WouldWait if it would need a deadline.
         """
         left = 0.0
         if backend.waits:
@@ -1331,71 +1384,41 @@ class Site:
             if backend.waits and left <= 0:
                 raise TimeoutError("no time was left to ask it")
             answer = method(*args, left)
-            if answer is None or isinstance(answer, bytes):
-                return answer
-            return to_wire(answer[:self.max_reply + 1])
+            if answer is None:
+                return None
+            if not isinstance(answer, bytes):
+                answer = to_wire(answer[:self.limits.max_reply + 1])
+            return Reply("answered", answer, name)
         except OSError as error:
             self.log.event("warning", "failed", backend=name, client=args[-1],
                            reason=reason(error))
         except Exception:
             self.log.event("error", "bug", backend=name, client=args[-1],
                            traceback=format_traceback())
-        raise BackendFailed(name)
+        return FIXED_REPLIES["failed"]._replace(backend=name)
 
-    def frame(self, data: bytes) -> bytes:
-        """Put header and footer around an answer, and cut what is too long."""
-        return truncate(self.header + data + self.footer, self.max_reply)
-
-    # {Q1} without a name: the user list.
-
-    def list_users(self, query: Query, client: str,
-                   deadline: float | None) -> Reply:
-        """Give the welcome text, or the backends' lists, one by one."""
-        server = self.config.server
-        if server.welcome:
-            return Reply("list", self.frame(to_wire(server.welcome)))
-        if not server.user_list:
-            return FIXED["list-denied"]
-        lists = {}
-        for name, backend in self.backends:
-            method = getattr(backend, "user_list", None)
-            if not method:
-                continue
-            try:
-                data = self.ask(name, backend, method, deadline,
-                                query.verbose, client)
-            except BackendFailed:
-                return FIXED["failed"]._replace(backend=name)
-            if data is not None:
-                lists[name] = data
-        if not lists:
-            return FIXED["list-denied"]
-        return Reply("list", self.frame(b"".join(lists.values())),
-                     ",".join(lists))
-
-    # {Q2}: forwarding.
-
-    def forward(self, query: Query, deadline: float | None) -> Reply:
+    def forward(self, query, deadline):
         """Hand the query to its last host, if the config allows that one."""
         *others, host = query.hosts
         host = host.lower().rstrip(".").strip("[]")
         port = self.config.server.forward.get(host)
         if port is None or not all(query.hosts) or (
                 len(query.hosts) > MAX_HOSTS):
-            return FIXED["forward-denied"]
+            return FIXED_REPLIES["forward-denied"]
         if deadline is None:
             raise WouldWait
         line = ("/W " if query.verbose else "") + "@".join(
             ["".join(query.users), *others])
         try:
             answer = fetch_finger((self.hops.get(host, host), port), line,
-                                  self.max_reply, deadline, self.own_ports)
+                                  self.limits.max_reply, deadline,
+                                  self.own_ports)
         except OSError as error:
             self.log.event("warning", "failed", forward=f"{host}:{port}",
                            reason=reason(error))
-            return FIXED["failed"]
-        return Reply("forwarded", truncate(to_wire(answer), self.max_reply))
-
+            return FIXED_REPLIES["failed"]
+        return Reply("forwarded",
+                     truncate(to_wire(answer), self.limits.max_reply))
 
     def resolve_hops(self) -> None:
         """Look the next hops up now: in a chroot names mean nothing."""
@@ -1410,28 +1433,31 @@ class Site:
                 self.hops[host] = str(found[0][4][0])
 
 
-def connect_before(deadline: float, host: str, port: int) -> socket.socket:
-    """Connect to the first address of a host that can be had in time."""
-    failure = OSError(f"{host} has no address")
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    for tried, (family, kind, protocol, _, address) in enumerate(found):
-        sock = socket.socket(family, kind, protocol)
-        try:    # a share for each: one that is dead must not starve the next
-            sock.settimeout(seconds_left(deadline) / (len(found) - tried))
-            sock.connect(address)
-            return sock
-        except OSError as error:
-            sock.close()
-            failure = error
-    raise failure
+def is_allowed(allow, deny, host):
+    """May this address ask?  A deny wins over any allow."""
+    if not allow and not deny:
+        return True
+    import ipaddress  # the converter of networks has loaded it
+    address = ipaddress.ip_address(host)
+    if any(address in network for network in deny):
+        return False
+    return not allow or any(address in network for network in allow)
 
 
-def seconds_left(deadline: float) -> float:
-    """Give the seconds to a deadline; TimeoutError if there are none."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("the next hop took too long")
-    return left
+def frame(header, footer, limit, outcome, data):
+    """Put header and footer around an answer, and cut what is too long."""
+    return truncate(data if outcome == "unknown" else header + data + footer,
+                    limit)
+
+
+# ---- Forwarding -----------------------------------------------------------
+
+def plain_address(host: str) -> str:
+    """Give the numeric address without a scope, IPv4 also where mapped."""
+    if ":" not in host:
+        return host
+    host = host.partition("%")[0]
+    return host[7:] if host.startswith("::ffff:") and "." in host else host
 
 
 def fetch_finger(address: tuple[str, int], line: str, limit: int,
@@ -1444,10 +1470,9 @@ def fetch_finger(address: tuple[str, int], line: str, limit: int,
     try:
         sock = connect_before(deadline, *address)
     except UnicodeError:
-        raise OSError("is no name of a host") from None
+        raise OSError("is not a host name") from None
     with sock:
-        if (sock.getpeername()[0] == sock.getsockname()[0]
-                and address[1] in own_ports):
+        if address[1] in own_ports and is_own_end(sock):
             raise OSError("the next hop is this server itself")
         sock.sendall(line.encode() + b"\r\n")
         while len(answer) <= limit:
@@ -1459,670 +1484,826 @@ def fetch_finger(address: tuple[str, int], line: str, limit: int,
     return answer.decode("utf-8", "backslashreplace")
 
 
+def connect_before(deadline: float, host: str, port: int) -> socket.socket:
+    """Connect to the first address of a host that can be had in time."""
+    failure = OSError(f"{host} has no address")
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for tried, (family, kind, protocol, _, address) in enumerate(found):
+        sock = socket.socket(family, kind, protocol)
+        try:    # a share for each: a dead address must not starve the next
+            sock.settimeout(seconds_left(deadline) / (len(found) - tried))
+            sock.connect(address)
+            return sock
+        except OSError as error:
+            sock.close()
+            failure = error
+    raise failure
+
+
+def is_own_end(sock: socket.socket) -> bool:
+    """Does this connection lead back to this host?"""
+    import ipaddress  # only who forwards to one of our ports needs it
+    peer = plain_address(sock.getpeername()[0])
+    address = ipaddress.ip_address(peer)
+    return (address.is_loopback or address.is_unspecified
+            or peer == plain_address(sock.getsockname()[0]))
+
+
+def seconds_left(deadline: float) -> float:
+    """Give the seconds to a deadline; TimeoutError if there are none."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("the next hop took too long")
+    return left
+
+
+# ---- Clients --------------------------------------------------------------
+
+# How a client is served.  FingerServer has one loop for all clients; a
+# thread runs only while a backend that waits works for one of them.
+#
+#     listener > accept_clients > process_request > FingerHandler.handle:
+#
+#                read the line > ask > send, log > has it closed?
+#         yields     READ        ASK     WRITE      LEFT, CLOSE
+#
+# handle() is the whole life of a client, from top to bottom.  It is a
+# generator: where it would have to wait, it yields what for.  The loop keeps
+# the handler and resumes it when that has come; when its time is over, the
+# loop throws a Deadline in.  A line is mostly there before its client is
+# accepted, so handle() runs to LEFT at once.  That is a moment in which most
+# clients close: to look once after it costs less than to watch each of them.
+# A client whose address is at its limit yields LATER first: one turn of the
+# loop then sees which others of that address have closed.
+#
+# What the loop has to know is in small classes that touch no client's socket:
+# Counts (connections by address), Rates (queries by address), Waiting
+# (handlers, what they wait for, and until when), Lingering (those in LEFT),
+# Lookups (whose turn it is to get a thread), Door (when to accept, and how
+# many in a row), and Inbox (what signals and threads leave for the loop).
+
+GRACE = 0.5             # seconds for a backend to come back from a timeout
+LINGER = 0.05           # seconds until we look whether a client has closed
+MAX_LINGERING = 256     # such clients; with more, the oldest are looked at
+DISCARD = 1 << 18       # bytes read away behind a query; more is a flood
+TRACKED = 65536         # addresses whose rate is known; then the oldest go
+HOST_SHARE = 4          # an address gets a thread in so many
+SEND = DONT_WAIT | int(getattr(socket, "MSG_MORE", 0))    # FIN in one segment
+
+
+class Deadline(TimeoutError):
+    """A client's time is over.  (The kernel's ETIMEDOUT is not this one.)"""
+
+
+class Wait(NamedTuple):
+    """What a client waits for, and the events that a selector reports."""
+
+    name: str
+    events: int = 0
+
+
+READ = Wait("read", selectors.EVENT_READ)       # more of the line
+ASK = Wait("ask")                               # the answer of a thread
+WRITE = Wait("write", selectors.EVENT_WRITE)    # room for the reply
+CLOSE = Wait("close", selectors.EVENT_READ)     # its close
+LATER = Wait("later")                           # a turn of the loop
+LEFT = Wait("left")                             # a moment
+NOTHING = Wait("nothing")
+
+
+@functools.lru_cache(maxsize=4096)
+def address_key(host: str) -> str:
+    """Give what counts as one address: an IPv4 address, an IPv6 /64."""
+    if ":" not in host:
+        return host
+    return socket.inet_pton(socket.AF_INET6, host)[:8].hex()
+
+
+class FingerHandler(socketserver.StreamRequestHandler):
+    """One client.  receive(), send() and has_left() say whether they are done.
+    """
+
+    server: FingerServer
+    query: Query
+    reply = GONE
+    sent = discarded = 0        # bytes
+    wait, deadline = NOTHING, 0.0
+
+    def __init__(self, request, client_address, server):
+        self.request, self.client_address = request, client_address
+        self.server = server
+        self.host = self.key = client_address[0]
+        if ":" in self.host:
+            self.host = plain_address(self.host)
+            self.key = address_key(self.host)
+        self.started = time.monotonic()
+        self.line = QueryLine(server.answers.limits.max_query)
+        self.steps = self.handle()
+
+    def handle(self):
+        """Serve the client; yield what it has to wait for."""
+        try:
+            try:
+                self.check_access()
+                if self.is_crowded():
+                    yield LATER
+                    if self.is_crowded():
+                        raise Refused(FIXED_REPLIES["limited"])
+                while not self.receive():
+                    yield READ
+                self.check_rate()
+                self.query = parse_query(bytes(self.line.text), self.own_names)
+                try:
+                    self.reply = self.server.answers.answer(self.query,
+                                                            self.host)
+                except WouldWait:
+                    self.reply = yield ASK
+            except Refused as refused:
+                self.reply = refused.reply
+            except MalformedQuery:
+                self.reply = FIXED_REPLIES["malformed"]
+            except Deadline:
+                self.reply = self.overdue_reply()
+            while not self.send():
+                yield WRITE
+        except OSError:                 # it has left, or does not read
+            self.log_query(GONE)
+            return
+        self.log_query(self.reply)
+        yield LEFT
+        while not self.has_left():
+            yield CLOSE
+
+    def check_access(self):
+        answers = self.server.answers
+        if answers.guarded and not answers.allows(self.host):
+            raise Refused(FIXED_REPLIES["denied"])
+
+    def is_crowded(self):
+        """Has the address more connections than it may have?"""
+        return (self.server.hosts[self.key]
+                > self.server.answers.limits.max_clients_per_host)
+
+    def check_rate(self):
+        """Count a query, and refuse it if the address asks too often."""
+        rate = self.server.answers.limits.queries_per_minute
+        if rate and self.server.rates.exceeded(self.key, rate,
+                                               time.monotonic()):
+            raise Refused(FIXED_REPLIES["limited"])
+
+    def receive(self):
+        """Take what has come of the line; is it complete?"""
+        line = self.line
+        try:
+            data = self.request.recv(line.room(), DONT_WAIT)
+            if not data and not line.taken:
+                raise Refused(SILENCE)
+            return line.add(data)
+        except BlockingIOError:
+            return False
+        except LineTooLong:
+            self.check_rate()
+            raise Refused(FIXED_REPLIES["too-long"]) from None
+
+    def own_names(self):
+        """Give the names of this host, and how the client has reached it."""
+        address = plain_address(self.request.getsockname()[0])
+        return self.server.answers.names | {address, f"[{address}]"}
+
+    def overdue_reply(self):
+        """Give the reply to a client whose time is over."""
+        if self.wait is not ASK:
+            return FIXED_REPLIES["timeout" if self.line.taken else "silent"]
+        state = "queued" if self.server.lookups.queues(self) else "asking"
+        self.server.log.event(
+            "warning", "failed", client=self.host,
+            reason=f"no backend answered in time ({state})")
+        return FIXED_REPLIES["failed"]
+
+    def send(self):
+        """Send what the client takes; after all of it, our end of file."""
+        data = self.reply.data
+        try:
+            self.sent += self.request.send(
+                memoryview(data)[self.sent:] if self.sent else data, SEND)
+        except BlockingIOError:
+            return False
+        if self.sent == len(data):
+            self.request.shutdown(socket.SHUT_WR)
+        return self.sent == len(data)
+
+    def log_query(self, reply):
+        """Count the connection, and write its line."""
+        server = self.server
+        server.outcomes[reply.outcome] += 1
+        if server.log.level <= INFO:
+            server.log.query(self.host, self.client_address[1],
+                             bytes(self.line.text), reply, self.sent,
+                             int((time.monotonic() - self.started) * 1000))
+
+    def has_left(self):
+        """Read away what follows the line; has the client closed?
+
+        A close with bytes unread would be a reset, and could take the reply
+        from the client (RFC 1122 4.2.2.13).
+        """
+        try:
+            while self.discarded <= DISCARD:
+                data = self.request.recv(READ_SIZE, DONT_WAIT)
+                if not data:
+                    return True
+                self.discarded += len(data)
+        except BlockingIOError:
+            # Refused clients get no time to close: they would fill the room.
+            return self.reply.outcome in ("denied", "limited")
+        except OSError:
+            pass
+        return True
+
+
+class Counts(dict):
+    """How many there are by key, without the keys that have none."""
+
+    total = 0
+
+    def add(self, key, change=1):
+        self.total += change
+        number = self.get(key, 0) + change
+        if number:
+            self[key] = number
+        else:
+            del self[key]
+
+
+class Rates:
+    """Token buckets by key: each holds a minute's queries, and fills again."""
+
+    def __init__(self):
+        self.buckets = collections.OrderedDict()
+
+    def exceeded(self, key, rate, now):
+        """Count a query; is it one too many, at so many a minute?"""
+        tokens, then = self.buckets.pop(key, (rate, now))
+        tokens = min(rate, tokens + (now - then) * rate / 60)
+        self.buckets[key] = (tokens if tokens < 1 else tokens - 1, now)
+        if len(self.buckets) > TRACKED:
+            self.buckets.popitem(last=False)
+        return tokens < 1
+
+
+class Waiting:
+    """Handlers by what they wait for, those that are due first in front."""
+
+    def __init__(self):
+        self.handlers: Any = {wait: collections.OrderedDict()
+                         for wait in (LATER, READ, ASK, WRITE, CLOSE)}
+
+    def add(self, handler, wait, deadline):
+        handler.wait, handler.deadline = wait, deadline
+        self.handlers[wait][handler] = None
+
+    def remove(self, handler):
+        del self.handlers[handler.wait][handler]
+        handler.wait = NOTHING
+
+    def next_deadline(self):
+        deadline = math.inf
+        for handlers in self.handlers.values():
+            if handlers:
+                deadline = min(deadline, next(iter(handlers)).deadline)
+        return deadline
+
+    def overdue(self, now):
+        """Give those whose time is over, until they wait no longer."""
+        for handlers in self.handlers.values():
+            while handlers and next(iter(handlers)).deadline <= now:
+                yield next(iter(handlers))
+
+    def hurry(self, deadline, *waits):
+        """Let those who wait for these wait to deadline at most."""
+        for wait in waits:
+            for handler in self.handlers[wait]:
+                handler.deadline = min(handler.deadline, deadline)
+
+
+class Lingering:
+    """Handlers that were told LEFT: in the moment in which most close."""
+
+    def __init__(self):
+        self.handlers: Any = collections.deque()
+
+    def add(self, handler, now):
+        handler.deadline = now + LINGER
+        self.handlers.append(handler)
+
+    def next_deadline(self):
+        if len(self.handlers) > MAX_LINGERING:
+            return 0
+        return self.handlers[0].deadline if self.handlers else math.inf
+
+    def overdue(self, now):
+        """Take out those whose moment is over; of too many, the oldest."""
+        while self.handlers and self.next_deadline() <= now:
+            yield self.handlers.popleft()
+
+    def take(self, keys):
+        """Take out those of some addresses."""
+        taken = [handler for handler in self.handlers if handler.key in keys]
+        if taken:
+            self.handlers = collections.deque(
+                handler for handler in self.handlers
+                if handler.key not in keys)
+        return taken
+
+
+class Lookups:
+    """Whose turn it is to get a thread, address by address.
+
+    An address has a quarter of the places at most.  A thread that is late
+    gives its place away, but there are never more of those than places.
+    """
+
+    def __init__(self):
+        self.queued = collections.OrderedDict()     # handlers by address
+        self.running, self.late = set(), set()
+        self.threads = Counts()                     # by address
+
+    def add(self, handler):
+        handlers = self.queued.setdefault(handler.key,
+                                          collections.OrderedDict())
+        handlers[handler] = None
+
+    def queues(self, handler):
+        return handler in self.queued.get(handler.key, ())
+
+    def next(self, places):
+        """Give the handler whose turn it is; None if there is no place."""
+        taken = len(self.running) + max(0, len(self.late) - places)
+        for key, handlers in self.queued.items():
+            if taken < places and (self.threads.get(key, 0)
+                                   < max(1, places // HOST_SHARE)):
+                return next(iter(handlers))
+        return None
+
+    def begin(self, handler):
+        """Count a thread for a handler; its address is last then."""
+        self.unqueue(handler)
+        if handler.key in self.queued:
+            self.queued.move_to_end(handler.key)
+        self.running.add(handler)
+        self.threads.add(handler.key)
+
+    def unqueue(self, handler):
+        del self.queued[handler.key][handler]
+        if not self.queued[handler.key]:
+            del self.queued[handler.key]
+
+    def give_up(self, handler):
+        """Wait no longer for a handler's thread, or for its turn."""
+        if self.queues(handler):
+            self.unqueue(handler)
+        elif handler in self.running:
+            self.running.remove(handler)
+            self.late.add(handler)
+
+    def end(self, handler):
+        """Take the place back of a thread that has ended."""
+        self.running.discard(handler)
+        self.late.discard(handler)
+        self.threads.add(handler.key, -1)
+
+
 # ---- Server ---------------------------------------------------------------
 
 BACKLOG = 1024          # connections the kernel holds for us: see listen(2)
 ACCEPTS = 256           # in a row, before other clients get their turn
-FILLED = 8              # batches with a client for each, before a longer one
-GRACE = 0.5             # seconds for a backend to come back from a timeout
+MORE_ACCEPTS = 1.09     # after a turn with a client for each
 PAUSE = 1.0             # seconds without accept when descriptors are out
-QUIET = 10.0            # seconds between two lines "full"
-LINGER = 0.05           # seconds until we look whether a client has closed
-LINGERING = 256         # such clients; with more, the oldest are looked at
-GATHER = 0.005          # seconds; who is answered in them is one of a batch
-DISCARD = 1 << 18       # bytes read away behind a query; more is a flood
-TRACKED = 65536         # addresses whose rate is known; then the oldest go
-SEND = DONT_WAIT | int(getattr(socket, "MSG_MORE", 0))    # FIN in one segment
-STATES = {      # what a client can wait for, and how the selector helps
-    "reading": selectors.EVENT_READ,    # the line
-    "queued": 0,                        # a thread
-    "asking": 0,                        # the backend, in a thread
-    "sending": selectors.EVENT_WRITE,   # room for the reply
-    "closing": selectors.EVENT_READ,    # the client's close
-}
+FULL_LOG_INTERVAL = 10.0    # seconds between two lines "full"
+LAST_CALL = 0.02        # seconds for connections that come as a stop does
+SO_ATTACH_FILTER = 26   # Linux: socket(7)
+DROP_SYN = (            # BPF on a TCP segment: nothing of those with SYN
+    (0x30, 0, 0, 13), (0x45, 0, 1, 2), (6, 0, 0, 0), (6, 0, 0, 0xffff))
 
 
-class Client:
-    """One connection.  While all goes at once, it has no state."""
+class Door:
+    """When to accept from the listening sockets, and how many in a row."""
 
-    __slots__ = ("sock", "host", "port", "started", "data", "reply", "rest",
-                 "state", "deadline", "lookup_deadline", "discarded")
+    def __init__(self, listeners, log):
+        self.listeners = listeners
+        self.log = log
+        self.watched = False            # by the selector
+        self.accepts = float(ACCEPTS)   # in a row
+        self.full_logged = False
+        self.next_full_log = -math.inf
+        self.out_of_descriptors = False
+        self.paused_until = 0.0
+        self.closes_at = math.inf
 
-    def __init__(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
-        self.sock = sock
-        host = address[0]
-        self.host = plain_address(host) if ":" in host else host
-        self.port = address[1]
-        self.started = time.monotonic()
-        self.data = b""                 # what has come of the line
-        self.reply: Reply | None = None
-        self.rest = b""                 # what of the reply has not gone yet
-        self.state = ""                 # a key of STATES
-        self.deadline = 0.0
-        self.lookup_deadline: float | None = None
-        self.discarded = 0
+    def is_open(self, connections, limit, now):
+        """May more clients come in?  Log when that changes, now and then."""
+        full = connections >= limit
+        if full != self.full_logged:
+            self.log_full(full, connections, limit, now)
+        return not full and now >= self.paused_until
 
-    def reached(self) -> str:
-        """Give the address by which the client has reached this host."""
-        return plain_address(self.sock.getsockname()[0])
+    def log_full(self, full, connections, limit, now):
+        if not full:
+            self.full_logged = False
+            self.log.event("notice", "room", clients=connections, limit=limit)
+        elif now >= self.next_full_log:
+            self.full_logged = True
+            self.next_full_log = now + FULL_LOG_INTERVAL
+            self.log.event("warning", "full", clients=connections, limit=limit)
+
+    def watch(self, selector, accept):
+        """Have the selector call accept for new clients; None for not."""
+        if self.watched == bool(accept):
+            return
+        self.watched = bool(accept)
+        if accept:      # the first is served first, and may take the room
+            self.listeners = self.listeners[1:] + self.listeners[:1]
+        for listener in self.listeners:
+            if accept:
+                selector.register(listener, selectors.EVENT_READ, accept)
+            else:
+                selector.unregister(listener)
+
+    def pause(self, error, connections, now):
+        """Pause if accept failed for want of descriptors; log that once."""
+        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS,
+                               errno.ENOMEM):
+            return False
+        if not self.out_of_descriptors:
+            self.log.event("error", "starved", reason=reason(error),
+                           clients=connections)
+        self.out_of_descriptors = True
+        self.paused_until = now + PAUSE
+        return True
+
+    def next_due(self, now):
+        """Give the time at which a pause ends, or the door closes."""
+        return min(self.closes_at, self.paused_until
+                   if self.paused_until > now else math.inf)
+
+    def close_soon(self, now):
+        """Close once those who have begun to connect have been accepted."""
+        self.closes_at = now
+        with contextlib.suppress(OSError):      # no such filters here
+            for listener in self.listeners:
+                drop_new_connections(listener)
+            self.closes_at = now + LAST_CALL
+
+    def close(self):
+        for listener in self.listeners:
+            listener.close()
+        self.listeners = []
 
 
-class RateLimit:
-    """Token buckets: so many queries a minute from each address."""
+def drop_new_connections(listener):
+    """Have the kernel drop what would open another connection (Linux).
 
-    def __init__(self) -> None:
-        self.buckets: Any = collections.OrderedDict()
-
-    def exceeded(self, key: str, rate: int, now: float) -> bool:
-        """Count a query; is it one too many?"""
-        tokens, then = self.buckets.pop(key, (rate, now))
-        tokens = min(rate, tokens + (now - then) * rate / 60)
-        exceeded = tokens < 1
-        self.buckets[key] = (tokens if exceeded else tokens - 1, now)
-        if len(self.buckets) > TRACKED:
-            self.buckets.popitem(last=False)
-        return exceeded
+    A close of the listener resets those that it has not handed out.
+    """
+    if listener.passed:
+        return              # systemd listens on, and would be cut off
+    code = array.array("B", b"".join(struct.pack("HBBI", *instruction)
+                                     for instruction in DROP_SYN))
+    listener.setsockopt(
+        socket.SOL_SOCKET, SO_ATTACH_FILTER,
+        struct.pack("HP", len(DROP_SYN), code.buffer_info()[0]))
 
 
-class FingerHandler(socketserver.StreamRequestHandler):
-    """One query.  Its line is complete, so both files are in memory."""
+class Inbox:
+    """What signals and threads leave for the loop."""
 
-    server: FingerServer
+    def __init__(self):
+        self.signals: Any = collections.deque()     # numbers
+        self.actions: dict[int, Callable[[], None]] = {}    # else a stop
+        self.replies: Any = collections.deque()     # (handler, reply)
+        self.woken, self.waker = socket.socketpair()
+        self.woken.setblocking(False)
+        self.waker.setblocking(False)           # as set_wakeup_fd wants it
 
-    def setup(self) -> None:
-        self.rfile = io.BytesIO(self.request.data)
-        self.wfile: io.BytesIO = io.BytesIO()
-        self.reply: Reply | None = None
+    def wake(self):
+        """Wake the loop, from any thread."""
+        with contextlib.suppress(OSError):      # full: it will, anyway; or
+            self.waker.send(b"\0")              # closed, and nobody waits
 
-    def handle(self) -> None:
-        client = self.request
-        self.reply = self.server.site.answer(
-            self.rfile.readline(), client.host, client.reached,
-            client.lookup_deadline)
-        if self.reply:
-            self.wfile.write(self.reply.data)
+    def drain(self, woken):
+        with contextlib.suppress(BlockingIOError):
+            woken.recv(READ_SIZE)
 
-    def finish(self) -> None:
-        self.server.take_reply(self.request, self.reply,
-                               self.wfile.getvalue())
+    def act(self, stop):
+        """Act on the signals that have come; stop() is what most do."""
+        while self.signals:
+            self.actions.get(self.signals.popleft(), stop)()
+
+    def close(self):
+        self.woken.close()
+        self.waker.close()
 
 
 class FingerServer(socketserver.ThreadingTCPServer):
     """Serves clients in one loop; a thread is only for a backend that waits.
 
-    A client passes accept_clients, read_line, process_request, send and
-    read_away.  Wherever it would block, it gets a state and a deadline, and
-    the loop goes on with others.  All but take_reply runs in the loop.
+    fileno() and server_address are those of the first listener.
     """
 
     daemon_threads = True       # a hung backend does not keep us from ending
 
-    def __init__(self, listeners: list[socket.socket], site: Site,
+    def __init__(self, listeners: list[socket.socket], answers: Answers,
                  log: Log) -> None:
         """Take over sockets that listen already and do not block."""
-        socketserver.BaseServer.__init__(self, ("", 0), FingerHandler)
-        self.listeners = listeners
-        self.site = site
-        site.own_ports = {listener.getsockname()[1] for listener in listeners}
+        socketserver.BaseServer.__init__(
+            self, listeners[0].getsockname() if listeners else ("", 0),
+            FingerHandler)
+        if listeners:
+            self.socket = listeners[0]
+        self.answers = answers
+        answers.own_ports = {listener.getsockname()[1]
+                             for listener in listeners}
         self.log = log
-        self.started = time.monotonic()
         self.outcomes = dict.fromkeys(OUTCOMES, 0)
-        self.clients: dict[str, Any] = {
-            state: collections.OrderedDict() for state in STATES}
-        self.hosts: dict[str, int] = {}     # clients with a state, by address
-        self.rates = RateLimit()
-        self.answered: list[Client] = []    # lately; later they are a batch
-        self.linger_deadline = 0.0          # of the first of these
-        self.lingering: collections.deque[tuple[float, list[Client]]]
-        self.lingering = collections.deque()    # batches and deadlines
-        self.lingerers = 0
-        self.crowd = 0                      # connections
-        self.batch = ACCEPTS                # accepts in a row, and how often
-        self.filled = 0                     # there was a client for each
-        self.lookups = 0                    # threads
-        self.answers: collections.deque[tuple[Client, Reply | None, bytes]]
-        self.answers = collections.deque()  # from threads
-        self.signals: collections.deque[int] = collections.deque()
-        self.actions: dict[int, Callable[[], None]] = {}    # else stop()
-        self.heartbeat: Callable[[], float] | None = None   # gives seconds
-        self.next_beat = 0.0
-        self.listening = self.starved = False
-        self.full = self.full_told = False
-        self.full_logged = -math.inf
-        self.paused_until = 0.0
-        self.stop_deadline: float | None = None
-        self.stopped_by = ""
+        self.hosts = Counts()        # connections by address
+        self.rates = Rates()
+        self.waiting = Waiting()
+        self.lingering = Lingering()
+        self.lookups = Lookups()
+        self.door = Door(listeners, log)
+        self.inbox = Inbox()
+        self.chores: dict[Callable[[], float], float] = {}  # and when each is
+        self.stop_deadline: float | None = None             # due
         self.ended = threading.Event()
         self.selector = selectors.DefaultSelector()
-        self.woken, self.waker = socket.socketpair()
-        self.woken.setblocking(False)
-        self.waker.setblocking(False)       # as set_wakeup_fd wants it
-        self.selector.register(self.woken, selectors.EVENT_READ,
-                               self.take_wake)
+        self.selector.register(self.inbox.woken, selectors.EVENT_READ,
+                               self.inbox.drain)
 
     # The loop.
 
     def serve_forever(self, poll_interval: float = 0) -> None:
         """Serve until stop(), and then until the clients at hand have left."""
-        while self.stop_deadline is None or not self.done(self.stop_deadline):
+        while not self.is_done():
             now = time.monotonic()
-            if self.answered:
-                self.let_linger(now)
-            self.watch_listeners(now)
+            self.watch_door(now)
             due = self.next_due(now)
-            for key, _ in self.selector.select(self.patience(now, due)):
-                if isinstance(key.data, Client):
-                    self.attempt(self.go_on, key.data)
+            for key, _ in self.selector.select(poll_timeout(due - now)):
+                if isinstance(key.data, FingerHandler):
+                    self.resume(key.data)
                 else:
                     key.data(key.fileobj)
-            if self.answers:
-                self.take_answers()
-            if self.lingerers > LINGERING:
-                self.look_at_lingering(now)
-            now = time.monotonic()
-            if now >= due or self.stop_deadline:
+            if self.inbox.replies:
+                self.take_replies()
+            if now >= due:
                 self.do_what_is_due(now)
-            if self.signals:
-                self.act_on_signals()
-        for state in ("reading", "queued", "asking", "sending"):
-            for client in list(self.clients[state]):    # out of time
-                self.leave(client, "gone")
+            self.inbox.act(self.stop)
+        for handler in self.waiting.overdue(math.inf):
+            self.resume(handler, ConnectionAbortedError())
         self.ended.set()
 
     def serve_one(self, sock: socket.socket) -> None:
         """Serve a connection that is open already, and no other."""
         self.stop_deadline = math.inf
-        self.begin(Client(sock, sock.getpeername()))
+        self.process_request(sock, sock.getpeername())
         self.serve_forever()
 
-    def done(self, deadline: float) -> bool:
-        return not self.crowd or time.monotonic() >= deadline
+    def is_done(self):
+        """Is a stop at its end?"""
+        return self.stop_deadline is not None and not self.door.listeners and (
+            not self.hosts.total or time.monotonic() >= self.stop_deadline)
 
-    def next_due(self, now: float) -> float:
-        """Give the time when something is to be done unasked."""
-        due = self.next_beat if self.heartbeat else math.inf
-        if self.lingering:
-            due = min(due, self.lingering[0][0])
-        elif self.answered:
-            due = min(due, self.linger_deadline)
-        if self.paused_until > now:
-            due = min(due, self.paused_until)
-        for clients in self.clients.values():
-            if clients:
-                due = min(due, next(iter(clients)).deadline)
-        if self.stop_deadline is not None:
-            due = min(due, self.stop_deadline if self.crowd else now)
-        return due
+    def next_due(self, now):
+        """Give the time of the next timed action."""
+        if self.stop_deadline is not None and (
+                self.lingering.handlers or self.is_done()):
+            return now
+        return min(self.waiting.next_deadline(),
+                   self.lingering.next_deadline(), self.door.next_due(now),
+                   self.stop_deadline or math.inf, *self.chores.values())
 
-    def patience(self, now: float, due: float) -> float | None:
-        """Give the seconds that the selector may wait; None for ever."""
-        if due <= now:
-            return 0
-        # Some systems' selectors take no more than 24 days.
-        return None if due == math.inf else min(due - now, 3600)
+    def do_what_is_due(self, now):
+        """Act on deadlines.  now is a time before the last look at sockets:
+        what has come since is not late."""
+        self.look_at_lingering(now if self.stop_deadline is None else math.inf)
+        for handler in self.lingering.take(
+                {handler.key for handler in self.waiting.handlers[LATER]}):
+            self.resume(handler)
+        for handler in self.waiting.overdue(now):
+            self.resume(handler, None if handler.wait is LATER else Deadline())
+        if now >= self.door.closes_at:
+            self.close_door()
+        for chore, due in list(self.chores.items()):
+            if now >= due:
+                self.chores[chore] = now + chore()
 
-    def do_what_is_due(self, now: float) -> None:
-        self.look_at_lingering(
-            now if self.stop_deadline is None else math.inf)
-        self.end_overdue(now)
-        if self.heartbeat and now >= self.next_beat:
-            self.next_beat = now + self.heartbeat()
+    # From a listening socket to a handler.
 
-    def wake(self) -> None:
-        """Make the loop look around, from any thread."""
-        with contextlib.suppress(OSError):      # full: it will, anyway; or
-            self.waker.send(b"\0")              # closed, and nobody waits
-
-    def take_wake(self, woken: socket.socket) -> None:
-        with contextlib.suppress(BlockingIOError):
-            woken.recv(4096)
-
-    def act_on_signals(self) -> None:
-        while self.signals:
-            self.actions.get(self.signals.popleft(), self.stop)()
-
-    # From a listening socket to a line.
-
-    def watch_listeners(self, now: float) -> None:
+    def watch_door(self, now):
         """Leave new clients in the kernel's queue while there is no room."""
-        most = self.site.config.limits.max_clients
-        if self.crowd >= most:
-            self.look_at_lingering(math.inf)    # most of them have gone
-            self.listen(False)                  # then another comes first
-        if self.full != (self.crowd >= most):
-            self.full = not self.full
-            self.log_full(now)
-        self.listen(not self.full and now >= self.paused_until)
+        limit = self.answers.limits.max_clients
+        if self.hosts.total >= limit:
+            self.look_at_lingering(math.inf)        # most of them have closed
+            self.door.watch(self.selector, None)    # another is first then
+        is_open = self.door.is_open(self.hosts.total, limit, now)
+        if is_open != self.door.watched:
+            self.door.watch(self.selector,
+                            self.accept_clients if is_open else None)
 
-    def listen(self, wanted: bool) -> None:
-        """Have the selector tell of new clients, or not."""
-        if wanted == self.listening:
-            return
-        self.listening = wanted
-        if wanted:      # the first is told of first, and may take the room
-            self.listeners = self.listeners[1:] + self.listeners[:1]
-        for listener in self.listeners:
-            if wanted:
-                self.selector.register(listener, selectors.EVENT_READ,
-                                       self.accept_clients)
-            else:
-                self.selector.unregister(listener)
-
-    def log_full(self, now: float) -> None:
-        """Log that there is no room, or room again, but not all the time."""
-        if self.full and now >= self.full_logged + QUIET:
-            self.full_logged = now
-            self.full_told = True
-        if self.full_told:
-            self.log.event("warning" if self.full else "notice",
-                           "full" if self.full else "room",
-                           clients=self.crowd,
-                           limit=self.site.config.limits.max_clients)
-        self.full_told = self.full_told and self.full
-
-    def accept_clients(self, listener: socket.socket, most: int = 0) -> None:
-        """Accept until it would block, or others should have their turn.
-
-        As a rule it stops where lately nobody was left to accept: to try in
-        vain costs more than to be told of another.
-        """
-        room = self.site.config.limits.max_clients - self.crowd
-        for number in range(min(room, most or self.batch)):
+    def accept_clients(self, listener, most=0):
+        """Accept as many as lately came at a time, if there is room."""
+        room = self.answers.limits.max_clients - self.hosts.total
+        for number in range(min(room, most or int(self.door.accepts))):
             try:
-                sock, address = listener.accept()
-            except BlockingIOError:
-                self.starved = False
-                self.batch, self.filled = max(1, number), 0
+                request, client_address = listener.accept()
+            except BlockingIOError:     # costs more than another wake-up
+                self.door.accepts = max(1.0, number)
+                self.door.out_of_descriptors = False
                 return
             except OSError as error:
-                if self.is_starved(error):
+                if self.door.pause(error, self.hosts.total, time.monotonic()):
                     return
                 continue        # this one has left already: see accept(2)
-            client = Client(sock, address)
-            try:
-                self.begin(client)
-            except Exception:
-                self.give_up(client)
-        self.filled += 1
-        if self.filled == FILLED:
-            self.batch, self.filled = min(2 * self.batch, ACCEPTS), 0
+            self.process_request(request, client_address)
+        self.door.accepts = min(self.door.accepts * MORE_ACCEPTS, ACCEPTS)
 
-    def is_starved(self, error: OSError) -> bool:
-        """Pause if accept failed for want of descriptors; log that once."""
-        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS,
-                               errno.ENOMEM):
-            return False
-        if not self.starved:
-            self.log.event("error", "starved", reason=reason(error),
-                           clients=self.crowd)
-        self.starved = True
-        self.paused_until = time.monotonic() + PAUSE
-        return True
+    def process_request(self, request, client_address):
+        """Serve a new client as far as it goes at once."""
+        handler = self.finish_request(request, client_address)
+        self.hosts.add(handler.key)
+        self.resume(handler)
 
-    def begin(self, client: Client) -> None:
-        """Refuse a client, or read its line, which mostly is there."""
-        self.crowd += 1
-        site = self.site
-        if site.guarded and not site.allows(client.host):
-            self.refuse(client, "denied")
-        elif self.hosts and self.hosts.get(address_key(client.host), 0) >= (
-                site.config.limits.max_clients_per_host):
-            self.refuse(client, "limited")
-        else:
-            self.read_line(client)
+    def finish_request(self, request, client_address):
+        """Give the handler of a client; handle() has not begun."""
+        return FingerHandler(request, client_address, self)
 
-    def attempt(self, step: Callable[..., None], client: Client,
-                *args: Any) -> None:
-        """Take a step for a client; a bug in it costs nobody but that one."""
+    # From one wait of a handler to the next.
+
+    def resume(self, handler, value=None):
+        """Run a handler to its next wait or its end; throw an exception in."""
         try:
-            step(client, *args)
-        except Exception:
-            self.give_up(client)
-
-    def give_up(self, client: Client) -> None:
-        """Log the bug that an except clause holds, and drop the client."""
-        self.handle_error(client, client.host)
-        self.drop(client)
-
-    def go_on(self, client: Client) -> None:
-        """Do what a client has waited for."""
-        if client.state == "sending":
-            self.send(client)
-        elif client.state == "closing":
-            self.read_away(client)
-        else:
-            self.read_line(client)
-
-    def read_line(self, client: Client) -> None:
-        """Take what has come; with the line end, or the file's, answer."""
-        most = self.site.max_query
-        try:
-            data = client.sock.recv(most + 2, DONT_WAIT)
-        except BlockingIOError:
-            self.move(client, "reading")
-            return
-        except OSError:
-            self.leave(client, "gone")
-            return
-        line = client.data = client.data + data if client.data else data
-        known = self.site.known.get(line)
-        if known:
-            client.reply, client.rest = known, known.data
-        else:
-            end = find_line_end(line)
-            if end:
-                line = strip_telnet(line[:end.end()])
-            elif not line:
-                self.leave(client, "silent")
-                return
-            elif len(line) > most + 1:
-                self.refuse(client, "too-long")
-                return
-            elif data:
-                self.move(client, "reading")
-                return
+            if isinstance(value, Exception):
+                wait = handler.steps.throw(value)
             else:
-                line = strip_telnet(line)
-            client.data = line
-        self.process_request(client, client.host)
+                wait = handler.steps.send(value)
+            if wait is not handler.wait:
+                self.keep(handler, wait)
+        except (StopIteration, OSError):
+            self.close_request(handler)
+        except Exception:               # a bug costs nobody but this client
+            self.handle_error(handler.request, handler.host)
+            self.close_request(handler)
 
-    # From a line to a reply.
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer a client at once, or queue it for a thread."""
-        rate = self.site.rate
-        if rate and self.rates.exceeded(address_key(request.host), rate,
-                                        time.monotonic()):
-            self.refuse(request, "limited")
+    def keep(self, handler, wait):
+        """Keep a handler until what it waits for has come."""
+        if handler.wait is not NOTHING:
+            self.forget(handler)
+        now = time.monotonic()
+        if wait is LEFT:
+            self.lingering.add(handler, now)
             return
-        if not request.reply:
-            self.ask_handler(request)
-        if request.reply:
-            self.send(request)
-        else:
-            self.move(request, "queued")
+        try:
+            if wait.events:
+                self.selector.register(handler.request, wait.events, handler)
+        except OSError as error:
+            self.log.event("error", "starved", reason=reason(error))
+            self.resume(handler, error)
+            return
+        self.waiting.add(handler, wait, self.deadline_of(wait, now))
+        if wait is ASK:
+            self.lookups.add(handler)
             self.start_lookups()
 
-    def ask_handler(self, client: Client) -> None:
-        """Have a handler answer, if it can do so at once."""
-        try:
-            self.finish_request(client, client.host)    # type: ignore
-        except Exception:
-            self.handle_error(client, client.host)
-            client.reply = FIXED["failed"]
-            client.rest = client.reply.data
-        else:
-            if client.reply:
-                self.site.remember(client.data, client.reply)
+    def deadline_of(self, wait, now):
+        """Give the end of a client's time to wait: a timeout for each wait."""
+        if wait is LATER:
+            return now
+        if self.stop_deadline is not None and wait in (READ, CLOSE):
+            return now + GRACE
+        return now + self.answers.limits.timeout + GRACE * (wait is ASK)
 
-    def start_lookups(self) -> None:
-        """Give threads to those that have queued longest."""
-        queued = self.clients["queued"]
-        while queued and self.lookups < self.site.config.limits.max_threads:
-            client = next(iter(queued))
-            client.lookup_deadline = client.deadline - GRACE
-            try:
-                super().process_request(client, client.host)
-                self.lookups += 1
-                self.move(client, "asking", client.deadline)
-            except RuntimeError as error:       # no thread to be had
-                if self.lookups:
-                    return                      # until one of them ends
-                self.log.event("error", "starved", reason=str(error))
-                self.attempt(self.refuse, client, "failed")
+    def forget(self, handler):
+        """Keep a handler no longer."""
+        if handler.wait.events:
+            self.selector.unregister(handler.request)
+        elif handler.wait is ASK:
+            self.lookups.give_up(handler)
+        self.waiting.remove(handler)
 
-    def take_reply(self, client: Client, reply: Reply | None,
-                   data: bytes) -> None:
-        """Take what a handler made; the loop goes on with that of a thread."""
-        if client.lookup_deadline is None:
-            client.reply, client.rest = reply, data
-        else:
-            self.answers.append((client, reply, data))
-            self.wake()
-
-    def take_answers(self) -> None:
-        """Send what threads have brought, unless the client's time is over."""
-        while self.answers:
-            client, reply, data = self.answers.popleft()
-            self.lookups -= 1
-            if client.state != "asking":
-                continue
-            client.reply = reply or FIXED["failed"]
-            client.rest = data or client.reply.data
-            self.attempt(self.send, client)
-        self.start_lookups()
+    def look_at_lingering(self, now):
+        """See whether those who were answered have closed."""
+        for handler in self.lingering.overdue(now):
+            self.resume(handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log a bug, with the traceback that leads to it."""
         self.log.event("error", "bug", client=client_address,
                        traceback=format_traceback())
 
-    def shutdown_request(self, request: Any) -> None:
-        """Do nothing at a thread's end: the loop sends, and closes."""
+    def close_request(self, request: Any) -> None:
+        """End a client: every one ends here."""
+        if request.wait is not NOTHING:
+            self.forget(request)
+        request.request.close()
+        self.hosts.add(request.key, -1)
 
-    def refuse(self, client: Client, outcome: str) -> None:
-        """Send one of the fixed replies."""
-        client.reply = FIXED[outcome]
-        client.rest = client.reply.data
-        self.send(client)
+    # Threads.
 
-    # From a reply to the close.
-
-    def send(self, client: Client) -> None:
-        """Send what the client will take; then shut down, and log."""
-        rest = client.rest
-        try:
-            sent = client.sock.send(rest, SEND)
-            if sent == len(rest):
-                client.sock.shutdown(socket.SHUT_WR)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            self.leave(client, "gone")
-            return
-        if sent < len(rest):
-            client.rest = rest[sent:]
-            self.move(client, "sending")
-            return
-        client.rest = b""
-        self.log_query(client, client.reply or FIXED["failed"])
-        if client.state:
-            self.move(client, "")
-        self.answered.append(client)
-
-    def log_query(self, client: Client, reply: Reply) -> None:
-        """Write the one line of a connection."""
-        self.outcomes[reply.outcome] += 1
-        if self.log.level > INFO:
-            return
-        line = client.data
-        if len(line) > self.site.max_query:
-            line = strip_line(line)[:self.site.max_query]
-        sent = len(client.reply.data) - len(client.rest) if client.reply else 0
-        ms = int((time.monotonic() - client.started) * 1000)
-        self.log.query(client.host, client.port, line, reply, sent, ms)
-
-    def let_linger(self, now: float) -> None:
-        """Give those who were answered just now a moment to close.
-
-        Most have closed then: to look is cheaper than to be told of each,
-        and cheapest at many in a row.
-        """
-        if not self.linger_deadline:
-            self.linger_deadline = now + LINGER
-        elif now >= self.linger_deadline - LINGER + GATHER:
-            self.end_gathering()
-
-    def end_gathering(self) -> None:
-        self.lingering.append((self.linger_deadline, self.answered))
-        self.lingerers += len(self.answered)
-        self.answered, self.linger_deadline = [], 0.0
-
-    def look_at_lingering(self, now: float) -> None:
-        """See whether those whose moment is over have closed."""
-        if self.linger_deadline and now >= self.linger_deadline:
-            self.end_gathering()
-        while self.lingering and (self.lingering[0][0] <= now
-                                  or self.lingerers > LINGERING):
-            _, clients = self.lingering.popleft()
-            self.lingerers -= len(clients)
-            for client in clients:
-                try:
-                    self.read_away(client)
-                except Exception:
-                    self.give_up(client)
-
-    def read_away(self, client: Client) -> None:
-        """Read until the client closes: a close with bytes unread would be
-        a reset, and could take the reply from it (RFC 1122 4.2.2.13)."""
-        try:
-            while client.discarded <= DISCARD:
-                data = client.sock.recv(1024, DONT_WAIT)
-                if not data:
-                    break
-                client.discarded += len(data)
-        except BlockingIOError:
-            # Who was refused a place does not get one to close slowly.
-            if client.reply not in (FIXED["denied"], FIXED["limited"]):
-                self.move(client, "closing")
+    def start_lookups(self):
+        """Give threads to those whose turn it is."""
+        while True:
+            handler = self.lookups.next(self.answers.limits.max_threads)
+            if not handler:
                 return
-        except OSError:
-            pass
-        self.drop(client)
+            if handler.request.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self.resume(handler, ConnectionResetError())
+                continue
+            try:
+                super().process_request(handler, handler.client_address)
+            except RuntimeError as error:       # no thread to be had
+                if self.lookups.threads:
+                    return                      # until one of them ends
+                self.log.event("error", "starved", reason=str(error))
+                self.resume(handler, FIXED_REPLIES["failed"])
+            else:
+                self.lookups.begin(handler)
 
-    def leave(self, client: Client, outcome: str) -> None:
-        """Log a client that gets no reply, or no more of it, and drop it."""
-        self.log_query(client, Reply(outcome, b""))
-        self.drop(client)
-
-    def drop(self, client: Client) -> None:
-        if client.state:
-            self.move(client, "")
-        client.sock.close()
-        self.crowd -= 1
-
-    # States, deadlines, the end.
-
-    def move(self, client: Client, state: str, deadline: float = 0) -> None:
-        """Let a client wait for another thing, or for nothing."""
-        old = client.state
-        if old == state:
-            return
-        if old:
-            del self.clients[old][client]
-            if STATES[old]:
-                self.selector.unregister(client.sock)
-        client.state = ""
-        if state and self.watch(client, STATES[state]):
-            client.state = state
-            client.deadline = deadline or self.deadline_of(client, state)
-            self.clients[state][client] = None
-        if bool(old) != bool(client.state):
-            self.count_host(address_key(client.host), -1 if old else 1)
-
-    def watch(self, client: Client, events: int) -> bool:
-        """Register a client; close one that the system has no room for."""
+    def process_request_thread(self, request, client_address):
+        """Ask the backends for a client: all that a thread does."""
+        reply = FIXED_REPLIES["failed"]
         try:
-            if events:
-                self.selector.register(client.sock, events, client)
-        except OSError as error:
-            self.log.event("error", "starved", reason=reason(error))
-            self.leave(client, "gone")
-            return False
-        return True
+            reply = self.answers.answer(request.query, request.host,
+                                        request.deadline - GRACE)
+        except Exception:
+            self.handle_error(request.request, request.host)
+        finally:
+            self.inbox.replies.append((request, reply))
+            self.inbox.wake()
 
-    def count_host(self, key: str, change: int) -> None:
-        number = self.hosts.get(key, 0) + change
-        if number:
-            self.hosts[key] = number
-        else:
-            del self.hosts[key]
+    def take_replies(self):
+        """Go on with the clients that threads have answered."""
+        while self.inbox.replies:
+            handler, reply = self.inbox.replies.popleft()
+            self.lookups.end(handler)
+            if handler.wait is ASK:         # else its time was over
+                self.resume(handler, reply)
+        self.start_lookups()
 
-    def deadline_of(self, client: Client, state: str) -> float:
-        """Give the end of a client's time in a state: one timeout for each.
+    # Changes, and the end.
 
-        It grows with each call, so the first client of a state is the next.
-        """
-        timeout = self.site.config.limits.timeout
-        if state == "reading":
-            return client.started + timeout
-        if state == "queued":
-            return time.monotonic() + timeout + GRACE
-        if state == "closing" and self.stop_deadline is not None:
-            return time.monotonic() + GRACE
-        return time.monotonic() + timeout
-
-    def end_overdue(self, now: float) -> None:
-        """Do what is due to those whose time in a state is over."""
-        for state, clients in self.clients.items():
-            while clients and next(iter(clients)).deadline <= now:
-                self.attempt(self.end_time, next(iter(clients)), state)
-
-    def end_time(self, client: Client, state: str) -> None:
-        if state == "reading":
-            self.refuse(client, "timeout" if client.data else "silent")
-        elif state in ("queued", "asking"):
-            self.log.event("warning", "failed", client=client.host,
-                           reason=f"no backend answered in time ({state})")
-            self.refuse(client, "failed")
-        elif state == "sending":
-            self.leave(client, "gone")
-        else:
-            self.drop(client)
-
-    def change_site(self, site: Site) -> None:
-        """Serve by another config from now on, also those who are here."""
-        site.hops, site.own_ports = self.site.hops, self.site.own_ports
-        self.site = site
-        longest = time.monotonic() + site.config.limits.timeout + GRACE
-        for clients in self.clients.values():
-            for client in clients:
-                client.deadline = min(client.deadline, longest)
+    def change_answers(self, answers: Answers) -> None:
+        """Serve by another config from now on, connected clients included."""
+        answers.hops = self.answers.hops
+        answers.own_ports = self.answers.own_ports
+        self.answers = answers
+        self.waiting.hurry(time.monotonic() + answers.limits.timeout + GRACE,
+                           READ, ASK, WRITE, CLOSE)
         self.start_lookups()            # it may allow more of them
 
-    def stop(self, reason: str = "shutdown") -> None:
-        """Take no new clients; let serve_forever() end with the last one."""
-        if self.stop_deadline is not None:
-            return
-        for listener in self.listeners * (1 + BACKLOG // ACCEPTS):
-            self.accept_clients(listener, ACCEPTS)
-        now = time.monotonic()
-        self.stopped_by = reason
-        self.stop_deadline = now + self.site.config.limits.timeout + GRACE
-        self.close_listeners()
-        for state in ("reading", "closing"):
-            for client in self.clients[state]:
-                client.deadline = min(client.deadline, now + GRACE)
+    def stop(self) -> None:
+        """Take no new clients; have serve_forever() end with the last one."""
+        if self.stop_deadline is None:
+            now = time.monotonic()
+            self.stop_deadline = now + self.answers.limits.timeout + GRACE
+            self.waiting.hurry(now + GRACE, READ, CLOSE)
+            self.door.close_soon(now)
 
-    def close_listeners(self) -> None:
-        for listener in self.listeners:
-            if self.listening:
-                self.selector.unregister(listener)
-            listener.close()
-        self.listeners = []
+    def close_door(self):
+        """Accept those who are there, and close the listening sockets."""
+        for listener in self.door.listeners * (1 + BACKLOG // ACCEPTS):
+            self.accept_clients(listener, ACCEPTS)
+        self.door.watch(self.selector, None)
+        self.door.close()
+        self.door.closes_at = math.inf
 
     def shutdown(self) -> None:
         """Stop from another thread, and wait for the end."""
-        self.signals.append(signal.SIGTERM)
-        self.wake()
+        self.inbox.signals.append(signal.SIGTERM)
+        self.inbox.wake()
         self.ended.wait()
 
     def server_close(self) -> None:
         """Close every socket there is."""
-        self.close_listeners()
-        for clients in (*self.clients.values(), self.answered,
-                        *(clients for _, clients in self.lingering)):
-            for client in clients:
-                client.sock.close()
+        self.door.close()
+        for handlers in (*self.waiting.handlers.values(),
+                         self.lingering.handlers):
+            for handler in handlers:
+                handler.request.close()
         self.selector.close()
-        self.woken.close()
-        self.waker.close()
+        self.inbox.close()
+
+
+def poll_timeout(seconds):
+    """Give a selector's timeout: None for ever, or an hour at most.
+
+    Some systems' selectors take no more than 24 days.
+    """
+    return None if seconds == math.inf else max(0, min(seconds, 3600))
 
 
 # ---- Process --------------------------------------------------------------
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-READ = 0                        # no signal, but acted on like one
+RELOADED = -1                        # no signal, but acted on like one
 TURN = 0.0002                   # seconds the loop waits for a busy thread
 PIDFILE_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 DEFAULT_TIMEOUT = 60.0          # seconds, where the config does not tell
@@ -2139,6 +2320,8 @@ class StartError(Exception):
 class Listener(socket.socket):
     """A listening socket.  Its accept() is that of socket.socket, less the
     enums that are made there for each client: half the time."""
+
+    passed = False          # by systemd, which listens on
 
     def accept(self) -> tuple[Any, Any]:
         fd, address = self._accept()    # type: ignore[attr-defined]
@@ -2254,6 +2437,7 @@ def passed_listeners() -> list[socket.socket]:
             raise StartError(f"LISTEN_FDS: descriptor {fd} is no listening"
                              " TCP socket; write ListenStream=79")
         listener.set_inheritable(False)
+        listener.passed = True
         listener.setblocking(False)
         listeners.append(listener)
     return listeners
@@ -2512,6 +2696,8 @@ class Daemon:
         self.pidfile: Pidfile | None = None
         self.reloads = 0                # asked for and not done
         self.read: Any = None           # what the last one of them found
+        self.started = time.monotonic()
+        self.stopped_by = ""
         self.server: FingerServer
 
     def run(self) -> None:
@@ -2522,7 +2708,7 @@ class Daemon:
         """
         os.umask(self.config.daemon.umask)
         sys.setswitchinterval(TURN)
-        site = Site(self.config, self.log)
+        site = Answers(self.config, self.log)
         with contextlib.ExitStack() as opened:
             listeners = passed_listeners() or open_listeners(
                 self.config.server.listen)
@@ -2552,14 +2738,14 @@ class Daemon:
     def run_inetd(self, sock: socket.socket) -> None:
         """Serve one connection, which inetd(8) has accepted."""
         os.umask(self.config.daemon.umask)
-        site = Site(self.config, self.log)
+        site = Answers(self.config, self.log)
         self.ids = choose_ids(self.config.daemon)
         self.open_log()
         self.give_up_rights(site)
         with FingerServer([], site, self.log) as server:
             server.serve_one(sock)
 
-    def give_up_rights(self, site: Site) -> None:
+    def give_up_rights(self, site: Answers) -> None:
         """Enter the chroot and the rundir, and become the user."""
         daemon = self.config.daemon
         rundir = daemon.rundir or (
@@ -2617,17 +2803,17 @@ class Daemon:
         user = {"user": self.ids[0]} if self.ids else {}
         event("notice", "ready", listen=",".join(
             address_text(listener.getsockname())
-            for listener in self.server.listeners),
+            for listener in self.server.door.listeners),
             backend=",".join(name for name, _ in self.config.backends),
             **user, pid=os.getpid())
         self.notifier.tell("READY=1", f"MAINPID={os.getpid()}")
         if self.notifier.period:
-            self.server.heartbeat = self.notifier.live
+            self.server.chores[self.notifier.live] = 0.0
 
     def tell_end(self) -> None:
-        self.log.event("notice", "stopped", signal=self.server.stopped_by,
+        self.log.event("notice", "stopped", signal=self.stopped_by,
                        queries=sum(self.server.outcomes.values()),
-                       seconds=int(time.monotonic() - self.server.started))
+                       seconds=int(time.monotonic() - self.started))
         if self.pidfile:
             self.pidfile.remove()
         signal.set_wakeup_fd(-1)
@@ -2640,24 +2826,25 @@ class Daemon:
     def watch_signals(self) -> None:
         """Have signals noted and the loop woken: the loop acts on them."""
         def note(number: int, frame: Any) -> None:
-            self.server.signals.append(number)
+            self.server.inbox.signals.append(number)
 
-        self.server.actions = {
+        self.server.inbox.actions = {
             signal.SIGTERM: functools.partial(self.stop, "SIGTERM"),
             signal.SIGINT: functools.partial(self.stop, "SIGINT"),
             signal.SIGHUP: self.reload, signal.SIGUSR1: self.log_counters,
-            READ: self.take_read}
+            RELOADED: self.take_read}
         for number in SIGNALS:
             signal.signal(number, note)
         # A launcher may have left it ignored: then no program has a status.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.set_wakeup_fd(self.server.waker.fileno(),
+        signal.set_wakeup_fd(self.server.inbox.waker.fileno(),
                              warn_on_full_buffer=False)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def stop(self, name: str) -> None:
         self.notifier.tell("STOPPING=1")
-        self.server.stop(name)
+        self.stopped_by = name
+        self.server.stop()
 
     def reload(self) -> None:
         """Take up the config anew: all of it or, if it is bad, nothing.
@@ -2691,11 +2878,11 @@ class Daemon:
                                  old=self.config).read()
             if config.log.to not in ("stderr", "syslog"):
                 config.log.to = self.path(config.log.to)
-            self.read = config, Site(config, self.log)
+            self.read = config, Answers(config, self.log)
         except Exception as error:      # whatever it is, the old one serves
             self.read = error
-        self.server.signals.append(READ)
-        self.server.wake()
+        self.server.inbox.signals.append(RELOADED)
+        self.server.inbox.wake()
 
     def take_read(self) -> None:
         """Serve by the config that has been read, or keep the old one."""
@@ -2714,13 +2901,13 @@ class Daemon:
         else:
             self.notifier.tell("READY=1")
 
-    def change_config(self, config: Any, site: Site) -> None:
+    def change_config(self, config: Any, site: Answers) -> None:
         """Go on by another config; raise OSError if its log cannot be had."""
         self.log.open(config.log)
         config.path = self.config.path
         self.tell_what_stays(config)
         fit_max_clients(config, self.log)
-        self.server.change_site(site)
+        self.server.change_answers(site)
         self.config = config
         self.log.event("notice", "reloaded", config=config.path)
 
@@ -2745,9 +2932,9 @@ class Daemon:
         server = self.server
         self.log.event(
             "notice", "counters",
-            seconds=int(time.monotonic() - server.started),
-            queries=sum(server.outcomes.values()), clients=server.crowd,
-            lookups=server.lookups, **server.outcomes)
+            seconds=int(time.monotonic() - self.started),
+            queries=sum(server.outcomes.values()), clients=server.hosts.total,
+            lookups=server.lookups.threads.total, **server.outcomes)
 
 
 # ---- Command line ---------------------------------------------------------
@@ -2874,7 +3061,7 @@ def print_reply(config: Any, log: Log, line: str, client: str) -> int:
     except ValueError:
         raise ConfigError(f'--from: "{client}" is not an address; write'
                           " e.g. --from 192.0.2.7") from None
-    site = Site(config, log)
+    site = Answers(config, log)
     if os.geteuid() == 0:       # no program is run as root, for no query
         load_late_imports()
         child = os.fork()
@@ -2888,13 +3075,21 @@ def print_reply(config: Any, log: Log, line: str, client: str) -> int:
     return say_reply(site, line, client)
 
 
-def say_reply(site: Site, line: str, client: str) -> int:
+def say_reply(site: Answers, line: str, client: str) -> int:
     """Print the reply itself; give the status."""
-    reply = FIXED["denied"]
+    text = QueryLine(site.limits.max_query)
+    reply = FIXED_REPLIES["denied"]
     if site.allows(client):
-        deadline = time.monotonic() + site.config.limits.timeout
-        reply = site.answer(os.fsencode(line), client, lambda: "localhost",
-                            deadline) or FIXED["failed"]
+        try:
+            if not text.add(os.fsencode(line)):
+                text.add(b"")
+            reply = site.answer(
+                parse_query(bytes(text.text), lambda: site.names), client,
+                time.monotonic() + site.limits.timeout)
+        except MalformedQuery:
+            reply = FIXED_REPLIES["malformed"]
+        except LineTooLong:
+            reply = FIXED_REPLIES["too-long"]
     say(reply.data)
     return 1 if reply.outcome == "failed" else 0
 
@@ -2960,7 +3155,7 @@ def refuse_for_inetd(sock: socket.socket, error: Exception) -> None:
     import syslog
     with contextlib.suppress(OSError), sock:
         sock.settimeout(GRACE)
-        sock.sendall(FIXED["failed"].data)
+        sock.sendall(FIXED_REPLIES["failed"].data)
         sock.shutdown(socket.SHUT_WR)
         while sock.recv(4096):      # a close with bytes unread is a reset
             pass
