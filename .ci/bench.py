@@ -874,7 +874,7 @@ def main() -> int:
         bench.measure_all(options.rounds)
         print_peers(bench, options.rounds)
         print_singles(bench, options.rounds, options.long)
-        return 0
+        return 1 if bench.wrong else 0
     return 1
 
 
