@@ -16,6 +16,7 @@ import grp
 import gzip
 import http.server
 import json
+import math
 import os
 import pathlib
 import pwd
