@@ -1755,8 +1755,9 @@ class Waiting:
     """Handlers by what they wait for, those that are due first in front."""
 
     def __init__(self):
-        self.handlers: Any = {wait: collections.OrderedDict()
-                         for wait in (LATER, READ, ASK, WRITE, CLOSE)}
+        self.handlers: Any = {
+            wait: collections.OrderedDict()
+            for wait in (LATER, READ, ASK, WRITE, CLOSE)}
 
     def add(self, handler, wait, deadline):
         handler.wait, handler.deadline = wait, deadline
@@ -2105,9 +2106,8 @@ class FingerServer(socketserver.ThreadingTCPServer):
             self.look_at_lingering(math.inf)        # most of them have closed
             self.door.watch(self.selector, None)    # another is first then
         is_open = self.door.is_open(self.hosts.total, limit, now)
-        if is_open != self.door.watched:
-            self.door.watch(self.selector,
-                            self.accept_clients if is_open else None)
+        self.door.watch(self.selector,
+                        self.accept_clients if is_open else None)
 
     def accept_clients(self, listener, most=0):
         """Accept as many as lately came at a time, if there is room."""
