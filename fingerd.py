@@ -106,11 +106,19 @@ class Query(NamedTuple):
 
 
 def is_plain(text: bytes) -> bool:
-    """Is this one name of letters, digits, and - . _ between them?
-
-    Most queries are, and need no more than this look at them.
-    """
+    """Is this one name of ASCII letters and digits, with - . _ among them?"""
     return text.translate(None, b"-._").isalnum()
+
+
+def plain_line(data: bytes, limit: int) -> bytes:
+    """Give the text of a segment that is a whole plain line, else b"".
+
+    Most queries come so, and need no more than this look at them.
+    """
+    text = data.rstrip(b"\r\n")
+    if data.endswith(b"\n") and len(data) <= limit and is_plain(text):
+        return text
+    return b""
 
 
 class QueryLine:
@@ -120,46 +128,32 @@ class QueryLine:
     byte is looked at once.
     """
 
-    __slots__ = ("text", "limit", "taken", "telnet")
+    __slots__ = ("text", "limit", "room", "telnet")
 
     def __init__(self, limit: int) -> None:
-        self.text: bytes | bytearray = b""
-        self.limit = limit      # bytes of text
-        self.taken = 0          # bytes that have come
+        self.text = bytearray()
+        self.limit = limit              # bytes of text
+        self.room = RAW_SHARE * limit   # bytes that may still come
         self.telnet = TEXT
-
-    def room(self) -> int:
-        """Give the number of bytes that may come next."""
-        return min(RAW_SHARE * self.limit - self.taken, READ_SIZE)
 
     def add(self, data: bytes) -> bool:
         """Add a segment, b"" for the end of file; is the line complete?
 
         Raises LineTooLong, and then the text is what fits.
         """
-        text = data.rstrip(b"\r\n")
-        if (self.taken or not data.endswith(b"\n") or not is_plain(text)
-                or len(text) > self.limit):
-            return self.add_part(data)
-        self.text, self.taken = text, len(data)
-        return True
-
-    def add_part(self, data: bytes) -> bool:
-        """Add to a line that comes in parts, or is not plain."""
-        self.taken += len(data)
-        start = len(self.text)
-        self.text = text = self.text or bytearray()
-        text += self.strip_telnet(data)
+        start, text = len(self.text), self.text
+        text += self.strip_telnet(data[:self.room])
+        self.room -= len(data)
         end = find_line_end(text, start)
         complete = end >= 0 or not data
         if complete:
-            text = bytes(text[:end] if end >= 0 else text).rstrip(b"\r")
+            del text[end if end >= 0 else len(text):]
+            del text[len(text.rstrip(b"\r")):]
         # A CR beyond the limit may still be of the line end.
         if (text[max(start, self.limit):].strip(b"\r")
-                or not complete and self.room() <= 0):
-            self.text = bytes(text[:self.limit])
+                or not complete and self.room <= 0):
+            del text[self.limit:]
             raise LineTooLong
-        self.text = text
         return complete
 
     def strip_telnet(self, data: bytes) -> bytes | bytearray:
@@ -190,7 +184,7 @@ def follow_telnet(state: int, byte: int) -> int:
     return TEXT
 
 
-def find_line_end(text: bytes | bytearray, start: int) -> int:
+def find_line_end(text: bytearray, start: int) -> int:
     """Find the first LF, or CR NUL as telnet sends it, from start; or -1."""
     newline = text.find(b"\n", start)
     nul = text.find(b"\r\0", max(0, start - 1))
@@ -1584,6 +1578,8 @@ class FingerHandler(socketserver.StreamRequestHandler):
     """
 
     server: FingerServer
+    line: QueryLine | None = None       # if it comes in parts
+    text: bytes | bytearray = b""       # of the line
     query: Query
     reply = GONE
     sent = discarded = 0        # bytes
@@ -1597,14 +1593,14 @@ class FingerHandler(socketserver.StreamRequestHandler):
             self.host = plain_address(self.host)
             self.key = address_key(self.host)
         self.started = time.monotonic()
-        self.line = QueryLine(server.answers.limits.max_query)
         self.steps = self.handle()
 
     def handle(self):
         """Serve the client; yield what it has to wait for."""
         try:
             try:
-                self.check_access()
+                if self.server.answers.guarded:
+                    self.check_access()
                 if self.is_crowded():
                     yield LATER
                     if self.is_crowded():
@@ -1612,7 +1608,7 @@ class FingerHandler(socketserver.StreamRequestHandler):
                 while not self.receive():
                     yield READ
                 self.check_rate()
-                self.query = parse_query(bytes(self.line.text), self.own_names)
+                self.query = parse_query(bytes(self.text), self.own_names)
                 try:
                     self.reply = self.server.answers.answer(self.query,
                                                             self.host)
@@ -1635,8 +1631,7 @@ class FingerHandler(socketserver.StreamRequestHandler):
             yield CLOSE
 
     def check_access(self):
-        answers = self.server.answers
-        if answers.guarded and not answers.allows(self.host):
+        if not self.server.answers.allows(self.host):
             raise Refused(FIXED_REPLIES["denied"])
 
     def is_crowded(self):
@@ -1653,14 +1648,21 @@ class FingerHandler(socketserver.StreamRequestHandler):
 
     def receive(self):
         """Take what has come of the line; is it complete?"""
-        line = self.line
+        limit = self.server.answers.limits.max_query
         try:
-            data = self.request.recv(line.room(), DONT_WAIT)
-            if not data and not line.taken:
-                raise Refused(SILENCE)
-            return line.add(data)
+            data = self.request.recv(READ_SIZE, DONT_WAIT)
         except BlockingIOError:
             return False
+        if not self.line:
+            if not data:
+                raise Refused(SILENCE)
+            self.text = plain_line(data, limit)
+            if self.text:
+                return True
+            self.line = QueryLine(limit)
+            self.text = self.line.text
+        try:
+            return self.line.add(data)
         except LineTooLong:
             self.check_rate()
             raise Refused(FIXED_REPLIES["too-long"]) from None
@@ -1673,7 +1675,7 @@ class FingerHandler(socketserver.StreamRequestHandler):
     def overdue_reply(self):
         """Give the reply to a client whose time is over."""
         if self.wait is not ASK:
-            return FIXED_REPLIES["timeout" if self.line.taken else "silent"]
+            return FIXED_REPLIES["timeout" if self.line else "silent"]
         state = "queued" if self.server.lookups.queues(self) else "asking"
         self.server.log.event(
             "warning", "failed", client=self.host,
@@ -1698,7 +1700,7 @@ class FingerHandler(socketserver.StreamRequestHandler):
         server.outcomes[reply.outcome] += 1
         if server.log.level <= INFO:
             server.log.query(self.host, self.client_address[1],
-                             bytes(self.line.text), reply, self.sent,
+                             bytes(self.text), reply, self.sent,
                              int((time.monotonic() - self.started) * 1000))
 
     def has_left(self):

@@ -346,11 +346,9 @@ def query(*users, verbose=False, hosts=()):
 def understand(*segments, own_names=(), limit=512):
     """Give the Query of a line that comes in these segments."""
     line = fingerd.QueryLine(limit)
-    for segment in segments:
+    for segment in (*segments, b""):
         if line.add(segment):
             break
-    else:
-        line.add(b"")
     return fingerd.parse_query(bytes(line.text), lambda: own_names)
 
 
@@ -455,7 +453,7 @@ class QueryTest(unittest.TestCase):
         line = fingerd.QueryLine(limit)
         try:
             for segment in segments:
-                if line.add(segment[:line.room()]):
+                if line.add(segment):
                     return bytes(line.text)
             return None
         except fingerd.LineTooLong:
@@ -1801,7 +1799,7 @@ class LimitsTest(unittest.TestCase):
                 sock.sendall(data)
                 wait_until(lambda: [
                     handler for handler in server.waiting(fingerd.READ)
-                    if handler.line.text == data], "the client")
+                    if handler.text == data], "the client")
                 reset(sock)
                 sock.close()
             server.wait_log("outcome=gone", 2)
