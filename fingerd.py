@@ -947,8 +947,10 @@ class ConfigReader:
 # ---- Log ------------------------------------------------------------------
 
 MAX_SYSLOG = 8192       # bytes of a message; rsyslog takes no more
+HEAD = 64               # bytes in front of a line, at most
+SHORT = 64              # bytes of a query whose quoted form is remembered
 QUOTED = re.compile(r'[^ !#-\[\]-~]')   # what an escape must stand for
-PLAIN = re.compile(r'[!#-<>-\[\]-~]+')  # a value that needs no quotes
+PLAIN = re.compile(r'[!#-<>-\[\]-~]*')  # a value that needs no quotes
 
 
 def quote(text: str) -> str:
@@ -957,7 +959,7 @@ def quote(text: str) -> str:
 
 
 def escape(match: re.Match[str]) -> str:
-    """Spell one character so that it ends neither a value nor a line."""
+    """Escape one character that would end a value or a line."""
     character = match[0]
     if character in '"\\':
         return "\\" + character
@@ -967,206 +969,203 @@ def escape(match: re.Match[str]) -> str:
                    for byte in character.encode("utf-8", "surrogatepass"))
 
 
+@functools.lru_cache(maxsize=256)
 def quote_line(line: bytes) -> str:
     """Quote what a client has sent, without its end."""
-    return quote(strip_line(line).decode("ascii", "surrogateescape"))
+    return quote(strip_line(line).decode("utf-8", "surrogateescape"))
 
 
-quote_short_line = functools.lru_cache(maxsize=256)(quote_line)
+@functools.lru_cache(maxsize=1)
+def utc_time(second: int) -> str:
+    """Format a time of the system's clock."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
+
+
+def format_text(event: str, fields: dict[str, Any]) -> str:
+    """Format an event as key=value; a query is always in quotes."""
+    words = [event]
+    for key, value in fields.items():
+        text = str(value)
+        plain = key != "q" and PLAIN.fullmatch(text)
+        words.append(f"{key}={text if plain else quote(text)}")
+    return " ".join(words)
+
+
+def format_json(event: str, fields: dict[str, Any]) -> str:
+    """Format an event as JSON, the time first."""
+    import json  # text has no use for it
+    return json.dumps({"time": utc_time(int(time.time())), "event": event,
+                       **fields})
+
+
+class LogFile:
+    """An open file, pipe or terminal.
+
+    A pipe or terminal that is not full takes PIPE_BUF bytes at once, and a
+    longer line would have to wait (pipe(7)).  A file takes any line.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.limit = sys.maxsize        # bytes of a line
+        self.pipe_poll: Any = None
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            self.limit = select.PIPE_BUF
+            self.pipe_poll = select.poll()
+            self.pipe_poll.register(fd, select.POLLOUT)
+
+    def write(self, line: bytes) -> None:
+        """Write a line without waiting; raise OSError if it is lost."""
+        if self.pipe_poll and not self.pipe_poll.poll(0):
+            raise BlockingIOError
+        if os.write(self.fd, line + b"\n") <= len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def close(self) -> None:
+        if self.fd != 2:
+            with contextlib.suppress(OSError):      # closed all the same
+                os.close(self.fd)
 
 
 class Syslog:
-    """A datagram socket to syslog(3), which comes back after a restart.
+    """A datagram socket to syslog(3), which outlives a restart of syslog.
 
-    Inside a chroot the path is out of reach: there only a socket that stays,
-    as that of systemd-journald does, or UDP survives a restart of syslog.
+    In a chroot, where the path is out of reach, only if its socket stays, as
+    that of systemd-journald does, or by UDP.
     """
 
-    def __init__(self, settings: Any) -> None:
-        """Connect; raise OSError when nobody listens."""
-        self.configured = settings.syslog_address
-        self.address: Any = settings.syslog_address
-        self.priority = FACILITIES.index(settings.facility) * 8
-        self.sock = self.connect()
+    limit = MAX_SYSLOG
 
-    def connect(self) -> socket.socket:
-        if isinstance(self.address, str):
-            family = socket.AF_UNIX
-        else:           # a name is looked up once: later it may not work
-            host, port = self.address[:2]
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
-            family, _, _, _, self.address = found[0]
-        sock = socket.socket(family, socket.SOCK_DGRAM)
+    def __init__(self, address: str | tuple[str, int]) -> None:
+        """Connect to a path or host; raise OSError if nobody listens."""
+        family: int = socket.AF_UNIX
+        self.address: Any = address
+        if not isinstance(address, str):    # a name is looked up only here
+            found = socket.getaddrinfo(*address, type=socket.SOCK_DGRAM)
+            family, self.address = found[0][0], found[0][4]
+        self.sock = socket.socket(family, socket.SOCK_DGRAM)
         try:
-            sock.connect(self.address)
+            self.sock.connect(self.address)
         except OSError:
-            sock.close()
-            raise
-        return sock
-
-    def adopt(self, settings: Any) -> bool:
-        """Go on by these settings, if they name the same syslog."""
-        self.priority = FACILITIES.index(settings.facility) * 8
-        return bool(self.configured == settings.syslog_address)
-
-    def send(self, level: str, text: str) -> None:
-        """Send a message without waiting; raise OSError if it is lost."""
-        severity = {"error": 3, "warning": 4, "notice": 5, "info": 6,
-                    "debug": 7}[level]
-        data = f"<{self.priority + severity}>{text}".encode()[:MAX_SYSLOG]
-        try:
-            self.sock.send(data, DONT_WAIT)
-        except BlockingIOError:         # it is there, but does not keep up
-            raise
-        except OSError:
-            sock = self.connect()
             self.sock.close()
-            self.sock = sock
-            self.sock.send(data, DONT_WAIT)
+            raise
+
+    def write(self, line: bytes) -> None:
+        """Send a line without waiting; raise OSError if it is lost."""
+        try:
+            self.sock.send(line, DONT_WAIT)
+        except OSError:         # it may have been started again since
+            self.sock.connect(self.address)
+            self.sock.send(line, DONT_WAIT)
+
+    def close(self) -> None:
+        self.sock.close()
 
 
 class Log:
     """The log, one event a line, as key=value or JSON.
 
-    It goes to stderr, a file, or syslog.  Any thread may write; a line is
-    one system call.  Not logging: a line of that costs four times as much.
+    Any thread may write; a line is one system call.  Not logging: a line of
+    that costs four times as much.
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()    # a line must not go to a descriptor
-        self.fd = 2                     # that is closed, and another's now
-        self.syslog: Syslog | None = None
+        self.lock = threading.Lock()    # held from a line's format to its end
         self.level = INFO
-        self.json: Any = None           # the module, when lines are JSON
+        self.format = format_text
+        self.facility = 0
         self.prefix = "fingerd"
-        self.second = 0                 # the time that stamp spells
-        self.stamp = ""
-        self.room = writable_poll(2)
+        self.output: LogFile | Syslog = LogFile(2)
         self.lost = 0                   # lines that could not be written
-        self.torn = False               # does the file end within a line?
 
     def open(self, settings: Any,
              owner: tuple[int, int] | None = None) -> None:
         """Use the settings of [log]; raise OSError and change nothing.
 
-        A file that is made gets the owner (uid, gid).
+        A file that is created gets the owner (uid, gid).  A file is opened
+        again, syslog is not.
         """
-        syslog, fd = None, 2
-        json: Any = None
-        if settings.format == "json":
-            import json  # text has no use for it
-        if settings.to == "syslog":
-            syslog = self.syslog
-            if not syslog or not syslog.adopt(settings):
-                syslog = Syslog(settings)
-        elif settings.to != "stderr":
-            fd = open_log_file(settings.to, owner)
+        old = output = self.output
+        if settings.to == "stderr":
+            output = LogFile(2)
+        elif settings.to != "syslog":
+            output = LogFile(open_log_file(settings.to, owner))
+        elif not isinstance(old, Syslog):
+            output = Syslog(settings.syslog_address)
         with self.lock:
-            self.change(syslog, fd)
+            self.output = output
             self.level = LEVELS.index(settings.level)
+            self.format = (format_json if settings.format == "json"
+                           else format_text)
+            self.facility = FACILITIES.index(settings.facility)
             self.prefix = settings.prefix
-            self.json = json
-
-    def change(self, syslog: Syslog | None, fd: int) -> None:
-        """Go on with these, and close what is open."""
-        old_syslog, old_fd = self.syslog, self.fd
-        self.syslog, self.fd = syslog, fd
-        self.room = writable_poll(fd)
-        with contextlib.suppress(OSError):      # it is closed all the same
-            if old_syslog and old_syslog is not syslog:
-                old_syslog.sock.close()
-            if old_fd != 2:
-                os.close(old_fd)
+        if output is not old:
+            old.close()
 
     def close(self) -> None:
         """Close what is open; what comes later goes to stderr."""
         with self.lock:
-            self.change(None, 2)
+            old, self.output = self.output, LogFile(2)
+        old.close()
 
     def event(self, level: str, event: str, **fields: Any) -> None:
         """Write a line if its level is wanted, the fields in their order."""
         if LEVELS.index(level) >= self.level:
-            self.write(level, self.format(event, fields))
+            with self.lock:
+                self.write(level, self.fit(event, fields))
 
     def query(self, host: str, port: int, line: bytes, reply: Reply,
               sent: int, ms: int) -> None:
         """Write the line of a connection: bytes sent, milliseconds it took."""
         if self.level > INFO:
             return
-        if self.json:
-            self.write("info", self.format("query", {
-                "client": host, "port": port,
-                "q": strip_line(line).decode("utf-8", "backslashreplace"),
-                "outcome": reply.outcome, "backend": reply.backend,
-                "bytes": sent, "ms": ms}))
-        else:
-            q = quote_short_line(line) if len(line) < 99 else quote_line(line)
-            self.write("info", f"query client={host} port={port}"
-                       f" q={q} outcome={reply.outcome}"
-                       f" backend={reply.backend} bytes={sent} ms={ms}")
+        if self.format is format_text and len(line) <= SHORT:
+            text = (f"query client={host} port={port} q={quote_line(line)}"
+                    f" outcome={reply.outcome} backend={reply.backend}"
+                    f" bytes={sent} ms={ms}")
+            with self.lock:
+                self.write("info", text)
+            return
+        json = self.format is format_json
+        q = strip_line(line).decode(
+            "utf-8", "backslashreplace" if json else "surrogateescape")
+        self.event("info", "query", client=host, port=port, q=q,
+                   outcome=reply.outcome, backend=reply.backend, bytes=sent,
+                   ms=ms)
 
-    def format(self, event: str, fields: dict[str, Any]) -> str:
-        if self.json:
-            return str(self.json.dumps({"event": event, **fields}))
-        texts = {key: str(value) for key, value in fields.items()}
-        return " ".join([event, *(
-            f"{key}={text if PLAIN.fullmatch(text) else quote(text)}"
-            for key, text in texts.items())])
+    def fit(self, event: str, fields: dict[str, Any]) -> str:
+        """Format an event, its longest value cut until it can be written."""
+        line = self.format(event, fields)
+        limit = self.output.limit - HEAD
+        while len(line) > limit and any(fields.values()):
+            key = max(fields, key=lambda key: len(str(fields[key])))
+            text = str(fields[key])
+            fields[key] = text[:len(text) * limit // len(line)]
+            line = self.format(event, fields)
+        return line
 
     def write(self, level: str, line: str) -> None:
-        """Write a line, and what is known of lost ones before; no raise."""
-        with self.lock:
-            try:
-                if self.lost:
-                    lost = self.format("lost", {"lines": self.lost})
-                    self.write_line("warning", lost, "\n" * self.torn)
-                    self.lost, self.torn = 0, False
-                self.write_line(level, line)
-            except OSError:
-                self.lost += 1
+        """Write a line, but first how many were lost before it."""
+        try:
+            if self.lost:
+                lost = self.format("lost", {"lines": self.lost})
+                self.output.write(self.add_head("warning", lost))
+                self.lost = 0
+            self.output.write(self.add_head(level, line))
+        except OSError:
+            self.lost += 1
 
-    def write_line(self, level: str, line: str, start: str = "") -> None:
-        """Write a line to where it goes; OSError if that will not take it."""
-        if self.syslog:
-            self.syslog.send(level, f"{self.prefix}[{os.getpid()}]: {line}")
-            return
-        text = start + self.add_time(line)
-        data = text.encode("ascii", "backslashreplace") + b"\n"
-        if self.room:
-            data = data[:select.PIPE_BUF - 1].rstrip(b"\n") + b"\n"
-            if not self.room.poll(0):
-                raise BlockingIOError
-        if os.write(self.fd, data) < len(data):
-            self.torn = True
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def add_time(self, line: str) -> str:
-        """Put the time, or on stderr the prefix, in front of a line."""
-        now = int(time.time())
-        if now != self.second:
-            self.second = now
-            self.stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
-        if line.startswith("{"):        # JSON; no event's name does
-            return f'{{"time": "{self.stamp}", {line[1:]}'
-        if self.fd == 2:
-            return f"{self.prefix}: {line}"
-        return f"{self.stamp} {line}"
-
-
-def writable_poll(fd: int) -> Any:
-    """Give a poll that tells whether a pipe or terminal has room.
-
-    A write of at most PIPE_BUF bytes does not block then (pipe(7)).  None
-    for a file, which always takes it.
-    """
-    try:
-        if stat.S_ISREG(os.fstat(fd).st_mode):
-            return None
-    except OSError:
-        return None
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    return poll
+    def add_head(self, level: str, line: str) -> bytes:
+        """Put time or prefix in front; JSON has the time in it."""
+        if isinstance(self.output, Syslog):
+            severity = 7 - LEVELS.index(level)      # as syslog(3) counts
+            line = (f"<{self.facility * 8 + severity}>"
+                    f"{self.prefix}[{os.getpid()}]: {line}")
+        elif self.format is format_text and self.output.fd == 2:
+            line = f"{self.prefix}: {line}"
+        elif self.format is format_text:
+            line = f"{utc_time(int(time.time()))} {line}"
+        return line.encode("ascii", "backslashreplace")
 
 
 def open_log_file(path: str, owner: tuple[int, int] | None) -> int:

@@ -825,8 +825,9 @@ class LogTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as directory:
             path = os.path.join(directory, "log")
             log = fingerd.Log()
+            log.path = path
             values = {"to": path, "format": "text", "level": "info",
-                      "prefix": "fingerd"}
+                      "facility": "daemon", "prefix": "fingerd"}
             log.open(fingerd.types.SimpleNamespace(**{**values, **settings}))
             write(log)
             log.close()
@@ -870,7 +871,7 @@ class LogTest(unittest.TestCase):
             empty="", pair="a=b"))
         self.assertEqual(line.partition(" ")[2],
                          'failed backend=web reason="no\\x0aroute" n=1'
-                         ' empty="" pair="a=b"')
+                         ' empty= pair="a=b"')
 
     def test_leaves_out_what_is_below_its_level(self):
         def write(log):
@@ -882,14 +883,14 @@ class LogTest(unittest.TestCase):
                          ["warning", "error"])
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full here")
-    def test_survives_a_full_disk_and_tells_what_was_lost(self):
+    def test_survives_a_full_disk_and_says_what_was_lost(self):
         def write(log):
-            good = os.dup(log.fd)
+            good = os.dup(log.output.fd)
             full = os.open("/dev/full", os.O_WRONLY)
-            os.dup2(full, log.fd)
+            os.dup2(full, log.output.fd)
             log.event("info", "one")
             log.event("info", "two")
-            os.dup2(good, log.fd)
+            os.dup2(good, log.output.fd)
             log.event("info", "three")
             log.event("info", "four")
             os.close(full)
@@ -897,6 +898,41 @@ class LogTest(unittest.TestCase):
         self.assertEqual([line.partition(" ")[2]
                           for line in self.lines(write)],
                          ["lost lines=2", "three", "four"])
+
+    def test_cuts_the_value_and_not_the_line_where_a_line_is_too_long(self):
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        self.addCleanup(os.close, writer)
+        reply = fingerd.FIXED["unknown"]
+        for form in ("text", "json"):
+            for q in (b"x", b"\0", b'"', "\u00e9".encode(), b"\xff",
+                      "\U0001f600".encode()):
+                with self.subTest(format=form, q=q):
+                    log = fingerd.Log()
+                    log.output = fingerd.LogFile(writer)
+                    log.format = getattr(fingerd, f"format_{form}")
+                    log.query("192.0.2.7", 1, q * 5000 + b"\r\n", reply, 14,
+                              3)
+                    log.event("error", "bug", client="x" * 9, traceback="y\n"
+                              * 9999, other="z" * 3000)
+                    data = os.read(reader, 65536)
+                    query, bug = data.decode("ascii").splitlines()
+                    for line in (query, bug):
+                        self.assertLess(len(line), select.PIPE_BUF)
+                        self.assertGreater(len(line), select.PIPE_BUF // 2)
+                    if form == "json":
+                        self.assertEqual(json.loads(query)["ms"], 3)
+                        self.assertEqual(json.loads(bug)["client"], "x" * 9)
+                    else:
+                        self.assertRegex(query, r' port=1 q="(x|\\"|(\\x..)+)+'
+                                         '" outcome=unknown .* ms=3$')
+                        self.assertRegex(bug, r' traceback="(y|\\x0a)+"'
+                                              ' other=z+$')
+
+    def test_an_event_whose_values_are_all_cut_still_ends(self):
+        log = fingerd.Log()
+        with mock.patch.object(log.output, "limit", 0):
+            self.assertEqual(log.fit("x", {"a": 1, "b": "text"}), "x a= b=")
 
     def test_writes_to_no_descriptor_that_has_become_another_file(self):
         held, go, write = threading.Event(), threading.Event(), os.write
@@ -921,20 +957,20 @@ class LogTest(unittest.TestCase):
                 self.assertTrue(held.wait(HANG))
                 threads[1].start()
                 threads[1].join(0.05)
-                os.fstat(log.fd)        # OSError, if it has been closed
+                os.fstat(log.output.fd)     # OSError, if it has been closed
                 go.set()
                 for thread in threads:
                     thread.join(HANG)
             log.close()
             self.assertRegex(pathlib.Path(paths[0]).read_text(), " x\n")
 
-    def test_goes_on_in_the_new_file_when_the_close_of_the_old_fails(self):
+    def test_continues_in_the_new_file_when_the_close_of_the_old_fails(self):
         with tempfile.TemporaryDirectory() as directory:
             path = os.path.join(directory, "log")
             settings = read_config(f"[log]\nto = {path}").log
             log = fingerd.Log()
             log.open(settings)
-            first, close = log.fd, os.close
+            first, close = log.output.fd, os.close
 
             def fail(fd):
                 close(fd)
@@ -942,34 +978,41 @@ class LogTest(unittest.TestCase):
 
             with mock.patch("os.close", fail):
                 log.open(settings)
-            self.assertNotEqual(log.fd, first)
+            self.assertNotEqual(log.output.fd, first)
             log.event("error", "x")
             log.close()
             self.assertRegex(pathlib.Path(path).read_text(), " x\n")
 
-    def test_a_line_of_another_format_than_the_log_stays_whole(self):
+    def test_a_line_goes_out_in_the_format_of_the_log_it_goes_to(self):
+        class Slow:     # while it is formatted, the log is opened otherwise
+            def __str__(self):
+                self.opener.start()
+                self.opener.join(0.05)
+                return "b"
+
         def write(log):
-            line = log.format("x", {"a": "b"})
-            log.json = None if log.json else json
-            log.write("error", line)
+            slow = Slow()
+            slow.opener = threading.Thread(target=log.open, args=[
+                read_config(f"[log]\nto = {log.path}\nformat = json").log])
+            log.event("error", "x", a=slow)
+            slow.opener.join(HANG)
             log.event("error", "y")
-        for form, pattern in (("text", r"[^ ]+ x a=b$"),
-                              ("json", '{"time": "[^ ]+", "event": "x", "a"')):
-            self.assertRegex(self.lines(write, format=form)[0], pattern)
+        text, line = self.lines(write)
+        self.assertRegex(text, "^[^ ]+ x a=b$")
+        self.assertEqual(json.loads(line)["event"], "y")
 
     def test_keeps_no_long_lines_that_were_asked(self):
         log = fingerd.Log()
         with mock.patch.object(log, "write"):
-            before = fingerd.quote_short_line.cache_info().currsize
+            before = fingerd.quote_line.cache_info().currsize
             log.query("h", 1, b"l" * 5000, fingerd.FIXED["unknown"], 0, 0)
-        self.assertEqual(fingerd.quote_short_line.cache_info().currsize,
-                         before)
+        self.assertEqual(fingerd.quote_line.cache_info().currsize, before)
 
     def test_keeps_the_old_file_when_a_new_one_cannot_be_opened(self):
         def write(log):
             bad = fingerd.types.SimpleNamespace(
                 to=os.path.join(os.sep, "no", "such", "log"), format="text",
-                level="error", prefix="fingerd")
+                level="error", facility="daemon", prefix="fingerd")
             with self.assertRaises(OSError):
                 log.open(bad)
             log.event("info", "still")
