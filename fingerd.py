@@ -2118,21 +2118,22 @@ class FingerServer(socketserver.ThreadingTCPServer):
         self.waker.close()
 
 
-# ---- Process --------------------------------------------------------------
+# ---- Sockets --------------------------------------------------------------
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-READ = 0                        # no signal, but acted on like one
-TURN = 0.0002                   # seconds the loop waits for a busy thread
-PIDFILE_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-DEFAULT_TIMEOUT = 60.0          # seconds, where the config does not tell
-STOP_PATIENCE = 5.0             # seconds beyond the timeout, for --stop
-PIDFILE_PATIENCE = 0.3          # seconds; others hold its lock for less
 SPARE_DESCRIPTORS = 32          # log, listeners, selector, Python's own
 LOOKUP_DESCRIPTORS = 7          # a thread's socket, or pipes of its process
+LISTEN_HINTS = {
+    errno.EACCES: "; start as root, or use a port above 1023",
+    errno.EADDRINUSE: "; stop the program that is there, or use another port",
+}
 
 
 class StartError(Exception):
     """Why the daemon cannot start, for the terminal."""
+
+
+class AbsentAddress(StartError):
+    """This system does not have an address, or its family."""
 
 
 class Listener(socket.socket):
@@ -2146,19 +2147,17 @@ class Listener(socket.socket):
 
 
 def address_text(address: tuple[Any, ...]) -> str:
-    """Spell host and port of a socket's address."""
+    """Format host and port of a socket's address."""
     host, port = address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def open_listeners(addresses: Iterable[tuple[str, int]]) -> list[
-        socket.socket]:
-    """Open a listening socket for each address of each name, or StartError."""
+def open_listeners(names: Iterable[tuple[str, int]]) -> list[socket.socket]:
+    """Listen on the addresses of all names, or raise StartError."""
     listeners: list[socket.socket] = []
     try:
-        for host, port in addresses:
-            listeners += listen_on(host, port, [
-                listener.getsockname() for listener in listeners])
+        for host, port in names:
+            listen_on(host, port, listeners)
     except StartError:
         for listener in listeners:
             listener.close()
@@ -2166,69 +2165,55 @@ def open_listeners(addresses: Iterable[tuple[str, int]]) -> list[
     return listeners
 
 
-def listen_on(host: str, port: int,
-              taken: Container[Any] = ()) -> list[socket.socket]:
-    """Listen on all addresses of a name; on one of them at least.
+def listen_on(host: str, port: int, listeners: list[socket.socket]) -> None:
+    """Add a listener for each address of a name that has none yet.
 
-    Addresses that we have taken are passed over, and so are those of a
-    family that the system lacks.
+    Absent addresses are skipped, as long as there is another.
     """
-    listeners: list[socket.socket] = []
-    failure: OSError | None = None
-    where = address_text((host, port))
+    absent: AbsentAddress | None = None
+    present = False
+    for family, (name, _, *scope) in find_addresses(host, port):
+        address = (name, port, *scope)
+        if address not in [each.getsockname() for each in listeners]:
+            try:
+                listeners.append(open_listener(family, address))
+            except AbsentAddress as error:
+                absent = error
+                continue
+            port = listeners[-1].getsockname()[1]   # one port for all
+        present = True
+    if absent and not present:
+        raise absent
+
+
+def find_addresses(host: str, port: int) -> list[tuple[int, Any]]:
+    """Give the families and addresses of a host; of all for *."""
     try:
         infos = socket.getaddrinfo(None if host == "*" else host, port,
                                    type=socket.SOCK_STREAM,
                                    flags=socket.AI_PASSIVE)
-        for family, _, _, _, address in dict.fromkeys(infos):
-            where = address_text(address)
-            if address in taken:
-                continue
-            try:
-                listener = listen((address[0], port, *address[2:]), family)
-            except OSError as error:
-                if error.errno not in (errno.EADDRNOTAVAIL,
-                                       errno.EAFNOSUPPORT):
-                    raise
-                failure = error
-                continue
-            listeners.append(listener)
-            port = port or listener.getsockname()[1]    # one port for all
-        if failure and not listeners:
-            raise failure
-    except OSError as error:
-        for listener in listeners:
-            listener.close()
-        raise StartError(f"cannot listen on {where}: {reason(error)}"
-                         + listen_hint(error)) from None
     except UnicodeError:
-        raise StartError(f"cannot listen on {where}: that is no name of a"
-                         " host") from None
-    return listeners
+        why = "not a host name"
+    except OSError as error:
+        why = reason(error)
+    else:
+        return [(info[0], info[4]) for info in infos]
+    raise StartError(f"cannot listen on {address_text((host, port))}: {why}")
 
 
-def listen_hint(error: OSError) -> str:
-    """Say how to mend the usual failures."""
-    if error.errno == errno.EACCES:
-        return "; start as root, or use a port above 1023"
-    if error.errno == errno.EADDRINUSE:
-        return "; stop the program that is there, or use another port"
-    return ""
-
-
-def listen(address: tuple[Any, ...], family: int) -> socket.socket:
+def open_listener(family: int, address: tuple[Any, ...]) -> Listener:
     """Open one listening socket that does not block."""
-    listener = Listener(family, socket.SOCK_STREAM)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-    except OSError:
-        listener.close()
-        raise
+        sock = socket.create_server(address, family=family, backlog=BACKLOG)
+    except OSError as error:
+        number = error.errno or 0       # its text names the address again
+        absent = number in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+        raise (AbsentAddress if absent else StartError)(
+            f"cannot listen on {address_text(address)}:"
+            f" {os.strerror(number).lower()}"
+            + LISTEN_HINTS.get(number, "")) from None
+    listener = Listener(fileno=sock.detach())
+    listener.setblocking(False)
     return listener
 
 
@@ -2239,49 +2224,59 @@ def passed_listeners() -> list[socket.socket]:
     os.environ.pop("LISTEN_FDNAMES", None)
     if pid != str(os.getpid()) or not re.fullmatch("[0-9]{1,4}", number):
         return []
-    listeners: list[socket.socket] = []
-    for fd in range(3, 3 + int(number)):
-        try:
-            listener = Listener(fileno=fd)
-            listening = listener.getsockopt(socket.SOL_SOCKET,
-                                            socket.SO_ACCEPTCONN)
-        except OSError as error:
-            raise StartError(f"LISTEN_FDS: descriptor {fd} is no socket:"
-                             f" {reason(error)}") from None
-        if not listening or listener.family not in (socket.AF_INET,
-                                                    socket.AF_INET6):
-            raise StartError(f"LISTEN_FDS: descriptor {fd} is no listening"
-                             " TCP socket; write ListenStream=79")
-        listener.set_inheritable(False)
-        listener.setblocking(False)
-        listeners.append(listener)
-    return listeners
+    return [passed_listener(fd) for fd in range(3, 3 + int(number))]
+
+
+def passed_listener(fd: int) -> Listener:
+    try:
+        listener = Listener(fileno=fd)
+        listening = listener.getsockopt(socket.SOL_SOCKET,
+                                        socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise StartError(f"LISTEN_FDS: descriptor {fd} is not a socket:"
+                         f" {reason(error)}") from None
+    if not listening or listener.family not in (socket.AF_INET,
+                                                socket.AF_INET6):
+        raise StartError(f"LISTEN_FDS: descriptor {fd} is not a listening"
+                         " TCP socket; write ListenStream=79")
+    listener.set_inheritable(False)
+    listener.setblocking(False)
+    return listener
 
 
 def fit_max_clients(config: Any, log: Log) -> None:
     """Raise the limit of descriptors, and keep clients and threads in it."""
     limits = config.limits
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return
-    most = soft - SPARE_DESCRIPTORS
+    clients = soft - SPARE_DESCRIPTORS
+    threads = limits.max_threads
     if config.server.forward or any(
             backend.waits for _, backend in config.backends):
-        threads = max(1, most // 2 // LOOKUP_DESCRIPTORS)
-        if threads < limits.max_threads:
-            log.event("notice", "limits", max_threads=threads,
-                      descriptors=soft, configured=limits.max_threads)
-            limits.max_threads = threads
-        most -= LOOKUP_DESCRIPTORS * limits.max_threads
-    most = max(1, most)
-    if most < limits.max_clients:
-        log.event("notice", "limits", max_clients=most, descriptors=soft,
-                  configured=limits.max_clients)
-        limits.max_clients = most
+        threads = min(threads, max(1, clients // 2 // LOOKUP_DESCRIPTORS))
+        clients -= LOOKUP_DESCRIPTORS * threads
+    for name, most in (("max_threads", threads),
+                       ("max_clients", max(1, clients))):
+        configured = getattr(limits, name)
+        if most < configured:
+            setattr(limits, name, most)
+            log.event("notice", "limits", **{name: most}, descriptors=soft,
+                      configured=configured)
+
+
+# ---- Process --------------------------------------------------------------
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+READ = 0                        # no signal, but acted on like one
+TURN = 0.0002                   # seconds the loop waits for a busy thread
+PIDFILE_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+DEFAULT_TIMEOUT = 60.0          # seconds, where the config does not tell
+STOP_PATIENCE = 5.0             # seconds beyond the timeout, for --stop
+PIDFILE_PATIENCE = 0.3          # seconds; others hold its lock for less
 
 
 class Pidfile:

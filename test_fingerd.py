@@ -2166,16 +2166,23 @@ class ProcessTest(unittest.TestCase):
                         (host, 0)) for host in ("127.0.0.1", "192.0.2.1")]
         # No name that is everywhere has such addresses.
         with mock.patch("socket.getaddrinfo", return_value=[there, here]):
-            listener, = fingerd.listen_on("name", 0)
-        self.assertEqual(listener.getsockname()[0], "127.0.0.1")
-        listener.close()
+            listener, = fingerd.open_listeners([("name", 0)])
+            port = listener.getsockname()[1]
+            listener.close()
+            # One that is listened on already is left over, too.
+            same, = fingerd.open_listeners([("name", port), ("name", port)])
+        self.assertEqual(same.getsockname(), ("127.0.0.1", port))
+        same.close()
+        with mock.patch("socket.getaddrinfo", return_value=[there]):
+            with self.assertRaisesRegex(fingerd.StartError, "192.0.2.1:0"):
+                fingerd.open_listeners([("name", 0)])
 
     def test_says_why_it_cannot_listen(self):
         with socket.create_server(("127.0.0.1", 0)) as busy, config_file(
                 USERS) as path:
             port = busy.getsockname()[1]
             for address, message in [
-                    ("a..b:79", "that is no name of a host"),
+                    ("a..b:79", "not a host name"),
                     (f"127.0.0.1:{port}", "address already in use; stop the"
                      " program that is there, or use another port"),
                     ("192.0.2.1:0", "cannot assign requested address")]:
@@ -3064,16 +3071,21 @@ class ServiceManagerTest(unittest.TestCase):
                 program.reader.join(HANG)
 
     def test_refuses_a_passed_descriptor_that_is_no_listening_socket(self):
-        for what, message in [
-                ("3</dev/null", "LISTEN_FDS: descriptor 3 is no socket:"
-                                " socket operation on non-socket")]:
-            command = " ".join(map(shlex.quote, fingerd_command(
-                "--config", str(EXAMPLE))))
-            done = subprocess.run(
-                f"LISTEN_PID=$$ LISTEN_FDS=1 exec {command} {what}",
-                shell=True, capture_output=True, text=True, timeout=HANG)
-            self.assertEqual((done.returncode, done.stderr),
-                             (1, f"fingerd: {message}\n"))
+        command = " ".join(map(shlex.quote, fingerd_command(
+            "--config", str(EXAMPLE))))
+        with socket.socket() as sock:
+            for what, message in [
+                    ("/dev/null", "a socket: socket operation on non-socket"),
+                    (f"&{sock.fileno()}", "a listening TCP socket; write"
+                                          " ListenStream=79")]:
+                done = subprocess.run(
+                    f"LISTEN_PID=$$ LISTEN_FDS=1 exec {command} 3<{what}",
+                    shell=True, capture_output=True, text=True, timeout=HANG,
+                    pass_fds=[sock.fileno()])
+                self.assertEqual(
+                    (done.returncode, done.stderr),
+                    (1, f"fingerd: LISTEN_FDS: descriptor 3 is not {message}"
+                        "\n"))
 
     def run_inetd(self, text, send, *args):
         """Serve a connection as inetd would; give the reply and status."""
