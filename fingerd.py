@@ -29,7 +29,6 @@ import contextlib
 import errno
 import fcntl
 import functools
-import gc
 import getopt
 import grp
 import io
@@ -44,6 +43,7 @@ import signal
 import socket
 import socketserver
 import stat
+import struct
 import sys
 import threading
 import time
@@ -1168,19 +1168,6 @@ class Log:
         return line.encode("ascii", "backslashreplace")
 
 
-def open_log_file(path: str, owner: tuple[int, int] | None) -> int:
-    """Open a file to append to; one that is made is given to its owner."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY
-    flags |= os.O_NONBLOCK      # a pipe that nobody reads must not hold us
-    try:
-        fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o640)
-    except FileExistsError:
-        return os.open(path, flags)
-    if owner:
-        os.fchown(fd, *owner)
-    return fd
-
-
 # ---- Site -----------------------------------------------------------------
 
 MAX_KNOWN = 1024        # replies that are remembered
@@ -2237,6 +2224,7 @@ def passed_listener(fd: int) -> Listener:
                          f" {reason(error)}") from None
     if not listening or listener.family not in (socket.AF_INET,
                                                 socket.AF_INET6):
+        listener.close()
         raise StartError(f"LISTEN_FDS: descriptor {fd} is not a listening"
                          " TCP socket; write ListenStream=79")
     listener.set_inheritable(False)
@@ -2268,49 +2256,55 @@ def fit_max_clients(config: Any, log: Log) -> None:
                       configured=configured)
 
 
-# ---- Process --------------------------------------------------------------
+# ---- Pidfile --------------------------------------------------------------
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-READ = 0                        # no signal, but acted on like one
-TURN = 0.0002                   # seconds the loop waits for a busy thread
-PIDFILE_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-DEFAULT_TIMEOUT = 60.0          # seconds, where the config does not tell
-STOP_PATIENCE = 5.0             # seconds beyond the timeout, for --stop
-PIDFILE_PATIENCE = 0.3          # seconds; others hold its lock for less
+PIDFILE_FLAGS = os.O_CLOEXEC | os.O_NOCTTY | os.O_NOFOLLOW | os.O_NONBLOCK
+PIDFILE_WAIT = 5.0              # seconds for one that starts to have a pid
+
+
+def is_plain(info: os.stat_result) -> bool:
+    """Is it a regular file, and has no other name?"""
+    return stat.S_ISREG(info.st_mode) and info.st_nlink < 2
 
 
 class Pidfile:
-    """A file with the number of the process, locked while that lives.
+    """A file with the number of the process, locked while the daemon runs.
 
-    The lock (flock(2)) tells whether one runs, never the number: a file that
-    a crash has left behind is not locked, and does no harm.
+    A start locks it with flock(2), which survives its forks, so that there
+    is only one.  The daemon locks it with lockf(3), too: the system knows the
+    process that has done so.  The number alone is not believed, for a crash
+    leaves it behind, and another user may have written it.
     """
 
     def __init__(self, path: str) -> None:
-        """Lock the file, made if need be; StartError if another holds it."""
+        """Lock the file, created if need be; StartError if another has it."""
         self.path = path
-        until = time.monotonic() + PIDFILE_PATIENCE
+        until = time.monotonic() + PIDFILE_WAIT
         try:
             while not self.lock():
-                if time.monotonic() > until:
-                    pid = running_pid(path) or "not known yet"
-                    raise StartError(f"already running, pid {pid}"
-                                     f" ({path} is locked)")
+                pid, _ = find_daemon(path)
+                if pid or time.monotonic() > until:
+                    raise StartError("already running, pid"
+                                     f" {pid or 'not known yet'} ({path} is"
+                                     " locked)")
                 time.sleep(0.01)
         except OSError as error:
             raise StartError("cannot lock the pidfile:"
                              f" {reason(error)}") from None
 
     def lock(self) -> bool:
-        """Try once.  A --status may hold the lock, but only for a moment."""
-        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-                          | PIDFILE_FLAGS, 0o600)   # none but us may lock it
+        """Try once."""
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | PIDFILE_FLAGS,
+                          0o600)        # anybody can lock what is readable
         try:
-            check_pidfile(self.fd, self.path)
+            read_pidfile(self.fd, self.path)
+            if os.fstat(self.fd).st_uid not in (0, os.geteuid()):
+                raise StartError(f"{self.path} belongs to another user;"
+                                 " remove it, or name another pidfile")
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # One that ends may have removed the file since it was opened.
+            # A daemon that ended since the open may have removed the file.
             if os.path.samestat(os.fstat(self.fd), os.stat(self.path)):
-                os.ftruncate(self.fd, 0)    # a number there is another's
+                os.ftruncate(self.fd, 0)    # of a number that is not ours
                 return True
         except (BlockingIOError, FileNotFoundError):
             pass
@@ -2318,53 +2312,102 @@ class Pidfile:
         return False
 
     def write(self) -> None:
-        """Put the number of this process in."""
-        os.ftruncate(self.fd, 0)
-        os.pwrite(self.fd, b"%d\n" % os.getpid(), 0)
+        """Lock the file as this process, and write its number.
+
+        Never open the file after this: its close would end the lock.
+        """
+        try:
+            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.pwrite(self.fd, b"%d\n" % os.getpid(), 0)
+        except OSError as error:
+            raise StartError("cannot write the pidfile:"
+                             f" {reason(error)}") from None
 
     def remove(self) -> None:
-        """Empty the file, and remove it if we may; that ends the lock."""
-        os.ftruncate(self.fd, 0)
-        with contextlib.suppress(OSError):      # in a chroot it is another
+        """Empty the file, remove it if we may, and end the locks."""
+        with contextlib.suppress(OSError):      # it may be outside a chroot
+            os.ftruncate(self.fd, 0)
             if os.path.samestat(os.fstat(self.fd), os.stat(self.path)):
                 os.unlink(self.path)
         os.close(self.fd)
 
 
-def check_pidfile(fd: int, path: str) -> str:
-    """Give the number in a pidfile; StartError if it is no such file."""
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise StartError(f"{path} is no regular file; name another pidfile")
-    text = os.pread(fd, 20, 0).strip()
-    if not re.fullmatch(b"[0-9]*", text):
+def read_pidfile(fd: int, path: str) -> int:
+    """Give the number in a pidfile, or 0; StartError if it is not one."""
+    if not is_plain(os.fstat(fd)):
+        raise StartError(f"{path} is not a regular file with one name; name"
+                         " another pidfile")
+    text = os.pread(fd, 20, 0)
+    if not re.fullmatch(b"([0-9]{1,10}\n?)?", text):
         raise StartError(f"{path} has other text than a process number; name"
                          " another pidfile")
-    return text.decode()
+    return int(text or 0)
 
 
-def running_pid(path: str) -> int:
-    """Give the process number of the daemon that holds a pidfile, or 0."""
-    until = time.monotonic() + STOP_PATIENCE
-    while True:
-        try:
-            fd = os.open(path, os.O_RDONLY | PIDFILE_FLAGS)
-        except FileNotFoundError:
-            return 0
-        except OSError as error:
-            raise StartError("cannot read the pidfile:"
-                             f" {reason(error)}") from None
-        try:
-            text = check_pidfile(fd, path)
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return 0
-        finally:
-            os.close(fd)
-        if text:
-            return int(text)
-        if time.monotonic() > until:
-            raise StartError(f"{path} is locked, but has no number in it")
-        time.sleep(0.01)        # it is just starting, or ending
+def find_daemon(path: str) -> tuple[int, int]:
+    """Give the pid of the daemon that has a pidfile, and the number in it.
+
+    Each may be 0.  Raises StartError if the pid is unknown, or may be forged.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | PIDFILE_FLAGS)
+    except FileNotFoundError:
+        return 0, 0
+    except OSError as error:
+        raise StartError(f"cannot read the pidfile: {reason(error)}"
+                         ) from None
+    try:
+        number = read_pidfile(fd, path)
+        holder = lock_holder(fd)
+        owner = os.fstat(fd).st_uid
+    except OSError as error:
+        raise StartError(f"cannot tell who has locked {path}:"
+                         f" {reason(error)}") from None
+    finally:
+        os.close(fd)
+    if holder and number not in (0, holder):
+        raise StartError(f"{path} names pid {number}, but is locked by pid"
+                         f" {holder}; not believed")
+    owners = (0, os.geteuid(), *(process_ids(holder) or ())[:1])
+    if holder and owner not in owners:
+        raise StartError(f"{path} does not belong to the user of pid {holder},"
+                         " which has locked it; not believed")
+    return holder, number
+
+
+def lock_holder(fd: int) -> int:
+    """Give the pid of the process that has a file's lockf, 0 for none.
+
+    Raises OSError if that process cannot be seen.  See fcntl(2), F_GETLK.
+    """
+    def ask(layout: str, *lock: int) -> tuple[int, ...]:
+        return struct.unpack(layout, fcntl.fcntl(
+            fd, fcntl.F_GETLK, struct.pack(layout, *lock)))
+
+    if sys.platform == "linux":
+        kind, _, _, _, pid = ask("hhqqi0q", fcntl.F_WRLCK, 0, 0, 0, 0)
+    else:               # the BSDs and macOS; not all have the last number
+        _, _, pid, kind, _, _ = ask("qqihhi", 0, 0, 0, fcntl.F_WRLCK, 0, 0)
+    if kind == fcntl.F_UNLCK:
+        return 0
+    if pid <= 0:
+        raise OSError("a process of another namespace")
+    return pid
+
+
+def process_ids(pid: int) -> tuple[int, int] | None:
+    """Give uid and gid of a process; None where the system does not say."""
+    try:
+        info = os.stat(f"/proc/{pid}")
+    except OSError:
+        return None
+    return info.st_uid, info.st_gid
+
+
+# ---- Privileges -----------------------------------------------------------
+
+LOG_FLAGS = (os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY
+             | os.O_NOFOLLOW | os.O_NONBLOCK)   # waits for no pipe's reader
 
 
 def choose_ids(daemon: Any) -> tuple[str, int, int] | None:
@@ -2388,6 +2431,45 @@ def choose_ids(daemon: Any) -> tuple[str, int, int] | None:
     return chosen.name, chosen.uid, gid
 
 
+def lost_log(config: Any) -> str:
+    """Say that there will be no log, or ""."""
+    if config.log.to == "stderr" and config.daemon.daemonize:
+        return ("the log will be lost: it goes to stderr, and there is none in"
+                " the background; write to = syslog, or a file")
+    return ""
+
+
+def unreadable_config(config: Any, ids: Any = None) -> str:
+    """Say why a reload could not read the config, or "".
+
+    It goes by owners and modes, for the uid and gid of the daemon: ids, or
+    those that it is going to have.
+    """
+    if not ids:
+        with contextlib.suppress(StartError):
+            ids = (choose_ids(config.daemon) or ("",))[1:]
+    if not ids:         # it keeps ours, and we have read it
+        return ""
+    path = os.path.abspath(config.path)
+    root = os.path.normpath(config.daemon.chroot or "/")
+    cannot = f"a reload cannot read {path}:"
+    if not path.startswith(os.path.join(root, "")):
+        return f"{cannot} it is outside the chroot {root}; move it there"
+    wanted = stat.S_IROTH
+    while may(os.stat(path), ids, wanted):
+        if path == root:
+            return ""
+        path, wanted = os.path.dirname(path), stat.S_IXOTH
+    return f"{cannot} uid {ids[0]} may not open {path}; change its mode"
+
+
+def may(info: os.stat_result, ids: tuple[int, int], wanted: int) -> bool:
+    """Do owner and mode of a file allow this (S_IROTH or S_IXOTH)?"""
+    uid, gid = ids
+    shift = 6 if info.st_uid == uid else 3 if info.st_gid == gid else 0
+    return uid == 0 or bool(info.st_mode >> shift & wanted)
+
+
 def drop_privileges(name: str, uid: int, gid: int) -> None:
     """Become a user, without a way back; StartError if there is one."""
     try:
@@ -2401,14 +2483,14 @@ def drop_privileges(name: str, uid: int, gid: int) -> None:
     for regain in (os.setuid, os.seteuid):
         with contextlib.suppress(PermissionError):
             regain(0)
-            raise StartError("the rights of root can be had again")
+            raise StartError("root privileges can be regained")
     if os.getgroups() != [gid] or os.getgid() != gid:
         raise StartError("groups of root remain")
     forbid_new_privileges()
 
 
 def forbid_new_privileges() -> None:
-    """Take the power from set-user-id programs (Linux: prctl(2))."""
+    """Make set-user-id programs powerless (Linux: prctl(2))."""
     if sys.platform == "linux":
         with contextlib.suppress(ImportError):  # some Pythons are without
             import ctypes
@@ -2416,7 +2498,7 @@ def forbid_new_privileges() -> None:
 
 
 def load_late_imports() -> None:
-    """Load what cannot be read when it is needed: closed, or outside."""
+    """Import now what cannot be read after chroot or the drop."""
     import difflib  # noqa: F401
     import encodings.idna  # noqa: F401
     import ipaddress  # noqa: F401
@@ -2430,8 +2512,64 @@ def load_late_imports() -> None:
         ctypes.CDLL("libgcc_s.so.1")
 
 
+def open_log_file(path: str, owner: tuple[int, int] | None) -> int:
+    """Open a file or pipe to append to; create a file for its owner.
+
+    Clients choose a part of what is written: no user of this system may lead
+    root to write it into another file.
+    """
+    owners = {0, os.geteuid(), *(owner or ())[:1]}
+    if os.geteuid() == 0:
+        check_directories(os.path.dirname(path), owners)
+    try:
+        fd = os.open(path, LOG_FLAGS | os.O_CREAT | os.O_EXCL, 0o640)
+    except FileExistsError:
+        return open_existing_log(path, owners)
+    if owner:
+        os.fchown(fd, *owner)
+    return fd
+
+
+def open_existing_log(path: str, owners: Container[int]) -> int:
+    """Open a log that belongs to one of these users."""
+    try:
+        fd = os.open(path, LOG_FLAGS)
+        info = os.fstat(fd)
+        if path == os.devnull or info.st_uid in owners and (
+                is_plain(info) or stat.S_ISFIFO(info.st_mode)):
+            return fd
+        os.close(fd)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EMLINK):      # a symlink
+            raise
+    raise OSError(f"{path} is a link, a device or another user's; name"
+                  " another file, or write to = stderr")
+
+
+def check_directories(last: str, owners: set[int]) -> None:
+    """Refuse a directory that others could replace by a symlink."""
+    owners = owners | {os.stat("/").st_uid}     # root, in a user namespace
+    path = last
+    while True:
+        info = os.lstat(path)
+        link = stat.S_ISLNK(info.st_mode)
+        writable = not link and info.st_mode & stat.S_IWOTH and (
+            not info.st_mode & stat.S_ISVTX)
+        if (link or path != last) and (writable or info.st_uid not in owners):
+            raise OSError(f"others can change {path}; name another file")
+        if path == os.path.dirname(path):
+            return
+        path = os.path.dirname(path)
+
+
+# ---- Process --------------------------------------------------------------
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+TURN = 0.0002                   # seconds the loop waits for a busy thread
+
+
 def daemonize() -> int:
-    """Go on in the background, in a session of its own (daemon(7)).
+    """Continue in the background, in a session of its own (daemon(7)).
 
     Only the daemon returns, with a descriptor: a byte written to it ends the
     launching command with status 0, its close without one with status 1.
@@ -2442,7 +2580,7 @@ def daemonize() -> int:
         os._exit(0 if os.read(launcher, 1) else 1)
     os.close(launcher)
     os.setsid()
-    if os.fork():       # who leads a session could get a terminal again
+    if os.fork():       # the leader of a session could get a terminal again
         os._exit(0)
     return ready
 
@@ -2455,8 +2593,18 @@ def release_launcher(launcher: int, null: int) -> None:
     os.close(launcher)
 
 
+def open_terminal() -> int | None:
+    """Open the terminal; None if there is none, or its end is ignored."""
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        return None
+    try:
+        return os.open("/dev/tty", os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
+    except OSError:
+        return None
+
+
 class Notifier(contextlib.AbstractContextManager):
-    """Tells systemd how it goes (sd_notify(3)); without one it is silent."""
+    """Reports to systemd (sd_notify(3)); without one it does nothing."""
 
     def __init__(self) -> None:
         """Connect now: in a chroot the path is out of reach."""
@@ -2477,14 +2625,14 @@ class Notifier(contextlib.AbstractContextManager):
         if re.fullmatch("[0-9]{1,15}", period) and pid == str(os.getpid()):
             self.period = int(period) / 2e6
 
-    def tell(self, *lines: str) -> None:
+    def send(self, *lines: str) -> None:
         if self.sock:
             with contextlib.suppress(OSError):
                 self.sock.send("\n".join(lines).encode(), DONT_WAIT)
 
-    def live(self) -> float:
-        """Give a sign of life; say in how many seconds the next is due."""
-        self.tell("WATCHDOG=1")
+    def send_sign_of_life(self) -> float:
+        """Send it, and give the seconds until the next is due."""
+        self.send("WATCHDOG=1")
         return self.period
 
     def __exit__(self, *exception: object) -> None:
@@ -2499,66 +2647,77 @@ class Daemon:
                  reader: Callable[..., ConfigReader]) -> None:
         self.config = config
         self.log = log
-        self.reader = reader            # for the config at a path, anew
+        self.reader = reader            # of the config
         self.directory = os.getcwd()    # where relative paths start
         self.root = ""                  # the chroot that we are in
-        self.ids: tuple[str, int, int] | None = None    # whom we became
-        self.pidfile: Pidfile | None = None
-        self.reloads = 0                # asked for and not done
-        self.read: Any = None           # what the last one of them found
+        self.ids: tuple[str, int, int] | None = None    # that we become
+        self.terminal: int | None = None
+        self.notifier: Notifier
         self.server: FingerServer
 
-    def run(self) -> None:
+    def start_and_serve(self) -> None:
         """Start, serve until a signal, end.  Raises StartError.
 
         All that can fail does so before the launching command returns, most
         of it before the fork.
         """
-        os.umask(self.config.daemon.umask)
+        daemon = self.config.daemon
+        os.umask(daemon.umask)
         sys.setswitchinterval(TURN)
         site = Site(self.config, self.log)
         with contextlib.ExitStack() as opened:
+            pidfile = daemon.pidfile and Pidfile(self.path(daemon.pidfile))
+            if pidfile:
+                opened.callback(pidfile.remove)
             listeners = passed_listeners() or open_listeners(
                 self.config.server.listen)
             for listener in listeners:
                 opened.enter_context(listener)
-            self.ids = choose_ids(self.config.daemon)
-            if self.config.daemon.pidfile:
-                self.pidfile = Pidfile(self.path(self.config.daemon.pidfile))
-            self.open_log()
+            self.ids = choose_ids(daemon)
+            self.open_log(self.config.log)
             self.notifier = opened.enter_context(Notifier())
             null = opened.enter_context(open(os.devnull, "r+b", 0))
+            self.terminal = None if daemon.daemonize else open_terminal()
             self.give_up_rights(site)
-            # From here on a signal waits until the loop can act on it.
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-            launcher = daemonize() if self.config.daemon.daemonize else None
-            if self.pidfile:
-                self.pidfile.write()
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)   # for later
+            launcher = daemonize() if daemon.daemonize else None
+            if pidfile:
+                pidfile.write()
+            fit_max_clients(self.config, self.log)
             self.server = opened.enter_context(
                 FingerServer(listeners, site, self.log))
             self.watch_signals()
-            self.tell_ready()
+            self.report_ready(listeners)
             if launcher is not None:
                 release_launcher(launcher, null.fileno())
             self.server.serve_forever()
-            self.tell_end()
+            self.report_end()
 
-    def run_inetd(self, sock: socket.socket) -> None:
-        """Serve one connection, which inetd(8) has accepted."""
+    def serve_inetd(self, sock: socket.socket) -> None:
+        """Serve the one connection that inetd(8) has accepted."""
         os.umask(self.config.daemon.umask)
         site = Site(self.config, self.log)
         self.ids = choose_ids(self.config.daemon)
-        self.open_log()
+        try:
+            self.open_log(self.config.log)
+        except StartError:
+            if self.config.log.to != "syslog":
+                raise           # without syslog only the log is lost
         self.give_up_rights(site)
         with FingerServer([], site, self.log) as server:
-            server.serve_one(sock)
+            try:
+                server.serve_one(sock)
+            except OSError as error:
+                if error.errno not in (errno.ENOTCONN, errno.EINVAL):
+                    raise       # else it had left before it had an address
+                self.log.query("unknown", 0, b"", Reply("gone", b""), 0, 0)
 
     def give_up_rights(self, site: Site) -> None:
         """Enter the chroot and the rundir, and become the user."""
         daemon = self.config.daemon
         rundir = daemon.rundir or (
             "/" if daemon.daemonize or daemon.chroot else "")
-        if self.ids and self.ids[1] or daemon.chroot:
+        if self.ids:
             load_late_imports()
         try:
             if daemon.chroot:
@@ -2581,28 +2740,24 @@ class Daemon:
             return path[len(self.root):]
         return path
 
-    def open_log(self) -> None:
-        settings = self.config.log
-        if settings.to not in ("stderr", "syslog"):
+    def open_log(self, settings: Any) -> None:
+        """Open the log, again if it is a file; StartError if that fails."""
+        settings = types.SimpleNamespace(**vars(settings))
+        what = "open the log"
+        if settings.to == "syslog":
+            address = settings.syslog_address
+            what = "reach syslog at " + (
+                address if isinstance(address, str) else address_text(address))
+        elif settings.to != "stderr":
             settings.to = self.path(settings.to)
-        elif settings.to == "stderr" and self.config.daemon.daemonize:
-            complain("the log will be lost: it goes to stderr, and there is"
-                     " none in the background; write to = syslog, or a file")
         try:
             self.log.open(settings, self.ids[1:] if self.ids else None)
         except OSError as error:
-            where = "open the log"
-            if settings.to == "syslog":
-                address = settings.syslog_address
-                where = "reach syslog at " + (
-                    address if isinstance(address, str)
-                    else address_text(address))
-            raise StartError(f"cannot {where}: {reason(error)}") from None
+            raise StartError(f"cannot {what}: {reason(error)}") from None
 
-    def tell_ready(self) -> None:
+    def report_ready(self, listeners: list[socket.socket]) -> None:
         """Write the first lines of the log, and let systemd know."""
         event = self.log.event
-        fit_max_clients(self.config, self.log)
         for (section, name), text in self.config.texts.items():
             event("debug", "setting", section=section, name=name, value=text)
         if self.ids and not self.config.daemon.user:
@@ -2610,20 +2765,17 @@ class Daemon:
                   reason="started as root, and user is not set")
         user = {"user": self.ids[0]} if self.ids else {}
         event("notice", "ready", listen=",".join(
-            address_text(listener.getsockname())
-            for listener in self.server.listeners),
+            address_text(listener.getsockname()) for listener in listeners),
             backend=",".join(name for name, _ in self.config.backends),
             **user, pid=os.getpid())
-        self.notifier.tell("READY=1", f"MAINPID={os.getpid()}")
+        self.notifier.send("READY=1", f"MAINPID={os.getpid()}")
         if self.notifier.period:
-            self.server.heartbeat = self.notifier.live
+            self.server.heartbeat = self.notifier.send_sign_of_life
 
-    def tell_end(self) -> None:
+    def report_end(self) -> None:
         self.log.event("notice", "stopped", signal=self.server.stopped_by,
                        queries=sum(self.server.outcomes.values()),
                        seconds=int(time.monotonic() - self.server.started))
-        if self.pidfile:
-            self.pidfile.remove()
         signal.set_wakeup_fd(-1)
         # It is too late for more.  To ignore them would not do: Python
         # complains of one that has come, but has no handler any more.
@@ -2639,8 +2791,7 @@ class Daemon:
         self.server.actions = {
             signal.SIGTERM: functools.partial(self.stop, "SIGTERM"),
             signal.SIGINT: functools.partial(self.stop, "SIGINT"),
-            signal.SIGHUP: self.reload, signal.SIGUSR1: self.log_counters,
-            READ: self.take_read}
+            signal.SIGHUP: self.hang_up, signal.SIGUSR1: self.log_counters}
         for number in SIGNALS:
             signal.signal(number, note)
         # A launcher may have left it ignored: then no program has a status.
@@ -2650,90 +2801,75 @@ class Daemon:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def stop(self, name: str) -> None:
-        self.notifier.tell("STOPPING=1")
+        self.notifier.send("STOPPING=1")
         self.server.stop(name)
 
-    def reload(self) -> None:
-        """Take up the config anew: all of it or, if it is bad, nothing.
+    def hang_up(self) -> None:
+        """Stop if the terminal has gone that we were started from, or reload.
 
-        The log file is opened anew in both cases, and at once.  The config
-        is read by a thread, for a long one takes seconds.
+        Nobody sees a log on a terminal that has gone.  /dev/tty could not be
+        opened in a chroot, so this asks by a descriptor.
         """
-        if self.server.stop_deadline is not None:
-            return
-        with contextlib.suppress(OSError):      # change_config() will tell
-            self.log.open(self.config.log)
-        self.notifier.tell("RELOADING=1",
-                           f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        self.reloads += 1
-        if self.reloads == 1:   # else one is being read, and may be old
-            self.start_reading()
-
-    def start_reading(self) -> None:
-        """Have a thread read the config; without one, read it here."""
-        reader = threading.Thread(target=self.read_anew, daemon=True)
         try:
-            reader.start()
-        except RuntimeError:
-            self.read_anew()
-
-    def read_anew(self) -> None:
-        """Read the config, and let the loop know what came of it."""
-        gc.collect()        # a web backend that was replaced is a cycle
-        try:
-            config = self.reader(self.path(self.config.path),
-                                 old=self.config).read()
-            if config.log.to not in ("stderr", "syslog"):
-                config.log.to = self.path(config.log.to)
-            self.read = config, Site(config, self.log)
-        except Exception as error:      # whatever it is, the old one serves
-            self.read = error
-        self.server.signals.append(READ)
-        self.server.wake()
-
-    def take_read(self) -> None:
-        """Serve by the config that has been read, or keep the old one."""
-        if self.server.stop_deadline is not None:
-            return
-        try:
-            if isinstance(self.read, Exception):
-                raise self.read
-            self.change_config(*self.read)
-        except Exception as error:
-            self.keep_config(error)
-        self.read = None
-        self.reloads = min(self.reloads - 1, 1)
-        if self.reloads:
-            self.start_reading()
+            if self.terminal is not None:
+                os.tcgetpgrp(self.terminal)
+        except OSError:
+            self.stop("SIGHUP")
         else:
-            self.notifier.tell("READY=1")
+            self.reload()
 
-    def change_config(self, config: Any, site: Site) -> None:
-        """Go on by another config; raise OSError if its log cannot be had."""
-        self.log.open(config.log)
+    def reload(self) -> None:
+        """Reload the config: all of it or, if it is bad, nothing.
+
+        Nothing here waits for the network.
+        """
+        if self.server.stopped_by:
+            return
+        self.notifier.send("RELOADING=1",
+                           f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            with contextlib.suppress(StartError):   # it stays as it is
+                self.open_log(self.config.log)
+            self.change_config(self.read_config())
+        except Exception as error:      # whatever it is, the old one serves
+            text = (reason(error) if isinstance(error, OSError)
+                    else str(error) or repr(error))
+            for line in text.splitlines():
+                self.log.event("warning", "reload-failed", reason=line)
+        self.notifier.send("READY=1")
+
+    def read_config(self) -> Any:
+        """Read the config again, but not from a pipe: that could wait."""
+        path = self.path(self.config.path)
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ConfigError(f"{path} is not a regular file")
+        config = self.reader(path, old=self.config).read()
         config.path = self.config.path
-        self.tell_what_stays(config)
+        return config
+
+    def change_config(self, config: Any) -> None:
+        """Use another config; StartError if its log cannot be opened."""
+        site = Site(config, self.log)
+        self.log_unreloadable(config)
+        self.open_log(config.log)
         fit_max_clients(config, self.log)
         self.server.change_site(site)
         self.config = config
         self.log.event("notice", "reloaded", config=config.path)
 
-    def keep_config(self, error: Exception) -> None:
-        """Say why the old config stays."""
-        text = (reason(error) if isinstance(error, OSError)
-                else str(error) or repr(error))
-        for line in text.splitlines():
-            self.log.event("warning", "reload-failed", reason=line)
-
-    def tell_what_stays(self, config: Any) -> None:
-        """Log what a reload would have to change, but cannot."""
+    def log_unreloadable(self, config: Any) -> None:
+        """Log what a reload cannot change, and keep it."""
         for row in SETTINGS:
-            key = row.section, row.name
-            if (row.section == "daemon" or row.name == "listen") and (
-                    config.texts[key] != self.config.texts[key]):
-                self.log.event("warning", "not-reloaded", setting=row.name,
+            key = section, name = row.section, row.name
+            old, new = self.config.texts[key], config.texts[key]
+            if new != old and (
+                    section == "daemon" or name in ("listen", "syslog_address")
+                    or (section, name, new) == ("log", "to", "syslog")):
+                self.log.event("warning", "not-reloaded", setting=name,
                                reason="only a restart can change it")
-                config.texts[key] = self.config.texts[key]
+                config.texts[key] = old
+                setattr(getattr(config, section), name,
+                        getattr(getattr(self.config, section), name))
 
     def log_counters(self) -> None:
         server = self.server
@@ -2746,6 +2882,8 @@ class Daemon:
 
 # ---- Command line ---------------------------------------------------------
 
+DEFAULT_TIMEOUT = 60.0          # seconds, if the config has errors
+STOP_WAIT = 5.0                 # seconds beyond the timeout, for --stop
 BUNDLE_MAIN = "import fingerd, sys\nsys.exit(fingerd.main())\n"
 COMMANDS = {
     "check": "check the config: status 0 if good, 2 if not",
@@ -2893,37 +3031,87 @@ def say_reply(site: Site, line: str, client: str) -> int:
     return 1 if reply.outcome == "failed" else 0
 
 
-def control(args: types.SimpleNamespace, pidfile: str, timeout: float) -> int:
-    """Act on the running daemon; give the exit status."""
-    if not pidfile:
-        raise ConfigError("there is no pidfile to know the daemon by; set"
-                          " pidfile in [daemon], or give --pidfile")
-    path = os.path.abspath(pidfile)
-    pid = running_pid(path)
-    if not pid:
-        say(b"fingerd is not running\n")
-        return 3 if args.status else 1 if args.reload else 0
-    if args.status:
-        say(f"fingerd is running, pid {pid}\n".encode())
-        return 0
+def control(args: types.SimpleNamespace,
+            reader: Callable[..., ConfigReader]) -> int:
+    """Act on the running daemon; give the exit status.
+
+    A pidfile is enough: the config may have errors by now.
+    """
+    config, text, errors = None, "", ""
     try:
-        os.kill(pid, signal.SIGTERM if args.stop else signal.SIGHUP)
-    except OSError as error:
-        raise StartError(f"cannot signal pid {pid}:"
-                         f" {reason(error)}") from None
-    if args.stop:
-        wait_for_end(path, pid, timeout + STOP_PATIENCE)
+        reading = reader(find_config(args.config))
+        try:
+            config = reading.read()
+        finally:
+            text = reading.texts.get(("daemon", "pidfile"), "")
+    except ConfigError as error:
+        errors = str(error)
+    pidfile = args.pidfile or (text if text.isprintable() else "")
+    if not pidfile:
+        raise ConfigError(errors or "no pidfile is configured; set pidfile in"
+                                    " [daemon], or give --pidfile")
+    path = os.path.abspath(pidfile)
+    if args.status:
+        return print_status(path)
+    if args.reload:
+        return send_reload(path, config, errors)
+    stop_daemon(path, config.limits.timeout if config else DEFAULT_TIMEOUT)
     return 0
 
 
-def wait_for_end(path: str, pid: int, patience: float) -> None:
-    """Wait until nobody, or another, holds the pidfile; or StartError."""
-    until = time.monotonic() + patience
-    while running_pid(path) == pid:
+def print_status(path: str) -> int:
+    """Say whether the daemon runs; give the status of LSB."""
+    try:
+        pid, number = find_daemon(path)
+    except StartError as error:
+        complain(str(error))
+        return 4
+    if pid:
+        say(f"fingerd is running, pid {pid}\n".encode())
+    elif number:
+        say(f"fingerd has died; it was pid {number}\n".encode())
+    else:
+        say(b"fingerd is not running\n")
+    return 0 if pid else 1 if number else 3
+
+
+def send_reload(path: str, config: Any, errors: str) -> int:
+    """Have the daemon reload; give 1 if that fails, as far as we know."""
+    if errors:
+        complain(errors)
+    pid, _ = find_daemon(path)
+    if not pid:
+        say(b"fingerd is not running\n")
+        return 1
+    if config:
+        errors = unreadable_config(config, process_ids(pid))
+        if errors:
+            complain(errors)
+    send_signal(pid, signal.SIGHUP)
+    return 1 if errors else 0
+
+
+def stop_daemon(path: str, timeout: float) -> None:
+    """Stop the daemon, and wait until nobody, or another, has its pidfile."""
+    pid, _ = find_daemon(path)
+    if not pid:
+        say(b"fingerd is not running\n")
+        return
+    send_signal(pid, signal.SIGTERM)
+    until = time.monotonic() + timeout + STOP_WAIT
+    while find_daemon(path)[0] == pid:
         if time.monotonic() > until:
-            raise StartError(f"pid {pid} has not ended in {patience:.0f}"
-                             " seconds")
+            raise StartError(f"pid {pid} has not ended in"
+                             f" {timeout + STOP_WAIT:.0f} seconds")
         time.sleep(0.02)
+
+
+def send_signal(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except OSError as error:
+        raise StartError(f"cannot signal pid {pid}:"
+                         f" {reason(error)}") from None
 
 
 def take_inetd_socket() -> socket.socket:
@@ -2933,14 +3121,14 @@ def take_inetd_socket() -> socket.socket:
     """
     try:
         sock = socket.socket(fileno=os.dup(0))
-        if len(sock.getpeername()) < 2 or sock.type != socket.SOCK_STREAM:
-            raise OSError("it is not TCP")
+        if sock.type != socket.SOCK_STREAM or sock.family not in (
+                socket.AF_INET, socket.AF_INET6) or sock.getsockopt(
+                socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            sock.close()
+            raise OSError("not TCP, or listening")
     except OSError as error:
-        raise StartError("--inetd: standard input is no connection:"
+        raise StartError("--inetd: standard input is not a connection:"
                          f" {reason(error)}; have inetd start it") from None
-    import syslog
-    syslog.openlog("fingerd", syslog.LOG_PID | syslog.LOG_NDELAY,
-                   syslog.LOG_DAEMON)       # for refuse_for_inetd
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         if stat.S_ISSOCK(os.fstat(fd).st_mode):
@@ -2949,17 +3137,20 @@ def take_inetd_socket() -> socket.socket:
     return sock
 
 
-def refuse_for_inetd(sock: socket.socket, error: Exception) -> None:
+def refuse_for_inetd(sock: socket.socket, log: Log, error: Exception) -> None:
     """Tell the client that we fail, and syslog why: there is no terminal."""
-    import syslog
     with contextlib.suppress(OSError), sock:
         sock.settimeout(GRACE)
         sock.sendall(FIXED["failed"].data)
         sock.shutdown(socket.SHUT_WR)
         while sock.recv(4096):      # a close with bytes unread is a reset
             pass
-    for line in str(error).splitlines():
-        syslog.syslog(syslog.LOG_ERR, UNSAFE.sub(show_unsafe, line))
+    defaults = {row.name: row.default for row in SETTINGS
+                if row.section == "log"}
+    with contextlib.suppress(OSError):
+        log.open(types.SimpleNamespace(**{**defaults, "to": "syslog"}))
+        for line in str(error).splitlines():
+            log.event("error", "not-started", reason=line)
 
 
 def compiled(name: str, source: str) -> bytes:
@@ -3017,7 +3208,7 @@ def run(args: types.SimpleNamespace, log: Log) -> int:
     try:
         return run_config(args, log, sock)
     except (ConfigError, StartError) as error:
-        refuse_for_inetd(sock, error)
+        refuse_for_inetd(sock, log, error)
         raise
 
 
@@ -3031,27 +3222,23 @@ def run_config(args: types.SimpleNamespace, log: Log,
                  if getattr(args, row.name, None) is not None}
     reader = functools.partial(ConfigReader, report=report,
                                overrides=overrides)
-    try:
-        path = find_config(args.config)
-        config = reader(path).read()
-    except ConfigError:
-        # A config that has been broken since does not keep it running.
-        if not (args.pidfile and (args.stop or args.status)):
-            raise
-        return control(args, args.pidfile, DEFAULT_TIMEOUT)
-    if args.check:
-        say(to_wire(f"{path} is good").replace(b"\r", b""))
-        return 0
     if args.status or args.stop or args.reload:
-        return control(args, config.daemon.pidfile, config.limits.timeout)
+        return control(args, reader)
+    path = find_config(args.config)
+    config = reader(path).read()
     if args.query is not None:
         return print_reply(config, log, args.query,
                            args.client or "127.0.0.1")
-    daemon = Daemon(config, log, reader)
     if sock:
-        daemon.run_inetd(sock)
-    else:
-        daemon.run()
+        Daemon(config, log, reader).serve_inetd(sock)
+        return 0
+    for warning in (lost_log(config), unreadable_config(config)):
+        if warning:
+            complain(warning)
+    if args.check:
+        say(to_wire(f"{path} is good").replace(b"\r", b""))
+        return 0
+    Daemon(config, log, reader).start_and_serve()
     return 0
 
 
