@@ -1028,10 +1028,10 @@ class LogFile:
 
 
 class Syslog:
-    """A datagram socket to syslog(3), which outlives a restart of syslog.
+    """A datagram socket to syslog(3) that finds a syslog that has restarted.
 
-    In a chroot, where the path is out of reach, only if its socket stays, as
-    that of systemd-journald does, or by UDP.
+    Not so in a chroot, where the path is out of reach, unless the socket
+    stays, as that of systemd-journald does, or it is UDP.
     """
 
     limit = MAX_SYSLOG
@@ -1054,7 +1054,7 @@ class Syslog:
         """Send a line without waiting; raise OSError if it is lost."""
         try:
             self.sock.send(line, DONT_WAIT)
-        except OSError:         # it may have been started again since
+        except OSError:         # it may have restarted
             self.sock.connect(self.address)
             self.sock.send(line, DONT_WAIT)
 
@@ -1082,8 +1082,8 @@ class Log:
              owner: tuple[int, int] | None = None) -> None:
         """Use the settings of [log]; raise OSError and change nothing.
 
-        A file that is created gets the owner (uid, gid).  A file is opened
-        again, syslog is not.
+        A file is opened again, and gets the owner (uid, gid) if it is new.
+        A connection to syslog is kept.
         """
         old = output = self.output
         if settings.to == "stderr":
@@ -1134,7 +1134,7 @@ class Log:
                    ms=ms)
 
     def fit(self, event: str, fields: dict[str, Any]) -> str:
-        """Format an event, its longest value cut until it can be written."""
+        """Format an event; cut its longest value until the line fits."""
         line = self.format(event, fields)
         limit = self.output.limit - HEAD
         while len(line) > limit and any(fields.values()):
@@ -1145,7 +1145,7 @@ class Log:
         return line
 
     def write(self, level: str, line: str) -> None:
-        """Write a line, but first how many were lost before it."""
+        """Write a line; before it, how many were lost."""
         try:
             if self.lost:
                 lost = self.format("lost", {"lines": self.lost})
@@ -2546,9 +2546,8 @@ def open_existing_log(path: str, owners: Container[int]) -> int:
                   " another file, or write to = stderr")
 
 
-def check_directories(last: str, owners: set[int]) -> None:
+def check_directories(last: str, owners: Container[int]) -> None:
     """Refuse a directory that others could replace by a symlink."""
-    owners = owners | {os.stat("/").st_uid}     # root, in a user namespace
     path = last
     while True:
         info = os.lstat(path)
