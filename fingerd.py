@@ -3036,16 +3036,8 @@ def control(args: types.SimpleNamespace,
 
     A pidfile is enough: the config may have errors by now.
     """
-    config, text, errors = None, "", ""
-    try:
-        reading = reader(find_config(args.config))
-        try:
-            config = reading.read()
-        finally:
-            text = reading.texts.get(("daemon", "pidfile"), "")
-    except ConfigError as error:
-        errors = str(error)
-    pidfile = args.pidfile or (text if text.isprintable() else "")
+    config, pidfile, errors = read_for_control(args.config, reader)
+    pidfile = args.pidfile or pidfile
     if not pidfile:
         raise ConfigError(errors or "no pidfile is configured; set pidfile in"
                                     " [daemon], or give --pidfile")
@@ -3056,6 +3048,21 @@ def control(args: types.SimpleNamespace,
         return send_reload(path, config, errors)
     stop_daemon(path, config.limits.timeout if config else DEFAULT_TIMEOUT)
     return 0
+
+
+def read_for_control(path: str | None, reader: Callable[..., ConfigReader]
+                     ) -> tuple[Any, str, str]:
+    """Give the config or None, its pidfile if that is good, and the errors."""
+    text = ""
+    try:
+        reading = reader(find_config(path))
+        try:
+            config = reading.read()
+        finally:
+            text = reading.texts.get(("daemon", "pidfile"), "")
+    except ConfigError as error:
+        return None, text if text.isprintable() else "", str(error)
+    return config, config.daemon.pidfile, ""
 
 
 def print_status(path: str) -> int:

@@ -2634,7 +2634,7 @@ class BackgroundTest(unittest.TestCase):
     def test_stops_by_the_pidfile_of_a_config_with_other_errors(self):
         with background() as program:
             config = ["--config", program.config]
-            program.write("[daemon]\npidfile = /x\ty\n")
+            program.write("[daemon]\npidfile = /x\x01y\n")
             self.assertEqual(call_fingerd(*config, "--stop")[0], 2)
             program.write(f"[daemon]\npidfile = {program.pidfile}\n[x]\n")
             self.assertEqual(call_fingerd(*config, "--status")[0], 0)
