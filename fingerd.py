@@ -6,8 +6,8 @@ Run it so, and ask it with any finger client:
     python3 fingerd.py --config fingerd.conf
 
 A client sends one line, `alice CRLF`, gets text back, and the server closes.
-The text comes from a backend: the users in the config (here), or finger(1)
-or a web page (fingerd_backends.py, needed only when the config names them).
+The text comes from a backend: the users in the config, here, or another of
+fingerd_backends.py, which is needed only when the config names it.
 
 Sections, from the protocol outward to the operating system:
 
@@ -19,8 +19,11 @@ Sections, from the protocol outward to the operating system:
     Answers       policy: who is answered, and what
     Forwarding    asking another finger server
     Clients       the life of a client, and what it waits for
-    Server        clients, deadlines and limits in one loop
-    Process       listening sockets, signals, the order of the start
+    Server        accepting, waiting, deadlines: the loop
+    Sockets       what it listens on
+    Pidfile       the file, its lock, and the daemon that holds it
+    Privileges    users and groups, and what root may open
+    Process       signals, reload, the order of the start
     Command line  options and exit statuses
 """
 
@@ -32,7 +35,6 @@ import contextlib
 import errno
 import fcntl
 import functools
-import gc
 import getopt
 import grp
 import io
@@ -1041,8 +1043,10 @@ class ConfigReader:
 # ---- Log ------------------------------------------------------------------
 
 MAX_SYSLOG = 8192       # bytes of a message; rsyslog takes no more
+HEAD = 64               # bytes in front of a line, at most
+SHORT = 64              # bytes of a query whose quoted form is remembered
 QUOTED = re.compile(r'[^ !#-\[\]-~]')   # what an escape must stand for
-PLAIN = re.compile(r'[!#-<>-\[\]-~]+')  # a value that needs no quotes
+PLAIN = re.compile(r'[!#-<>-\[\]-~]*')  # a value that needs no quotes
 
 
 def quote(text: str) -> str:
@@ -1051,7 +1055,7 @@ def quote(text: str) -> str:
 
 
 def escape(match: re.Match[str]) -> str:
-    """Spell one character so that it ends neither a value nor a line."""
+    """Escape one character that would end a value or a line."""
     character = match[0]
     if character in '"\\':
         return "\\" + character
@@ -1061,219 +1065,203 @@ def escape(match: re.Match[str]) -> str:
                    for byte in character.encode("utf-8", "surrogatepass"))
 
 
+@functools.lru_cache(maxsize=256)
 def quote_line(line: bytes) -> str:
     """Quote what a client has sent, without its end."""
-    return quote(line.decode("ascii", "surrogateescape"))
+    return quote(line.decode("utf-8", "surrogateescape"))
 
 
-quote_short_line = functools.lru_cache(maxsize=256)(quote_line)
+@functools.lru_cache(maxsize=1)
+def utc_time(second: int) -> str:
+    """Format a time of the system's clock."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
+
+
+def format_text(event: str, fields: dict[str, Any]) -> str:
+    """Format an event as key=value; a query is always in quotes."""
+    words = [event]
+    for key, value in fields.items():
+        text = str(value)
+        plain = key != "q" and PLAIN.fullmatch(text)
+        words.append(f"{key}={text if plain else quote(text)}")
+    return " ".join(words)
+
+
+def format_json(event: str, fields: dict[str, Any]) -> str:
+    """Format an event as JSON, the time first."""
+    import json  # text has no use for it
+    return json.dumps({"time": utc_time(int(time.time())), "event": event,
+                       **fields})
+
+
+class LogFile:
+    """An open file, pipe or terminal.
+
+    A pipe or terminal that is not full takes PIPE_BUF bytes at once, and a
+    longer line would have to wait (pipe(7)).  A file takes any line.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.limit = sys.maxsize        # bytes of a line
+        self.pipe_poll: Any = None
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            self.limit = select.PIPE_BUF
+            self.pipe_poll = select.poll()
+            self.pipe_poll.register(fd, select.POLLOUT)
+
+    def write(self, line: bytes) -> None:
+        """Write a line without waiting; raise OSError if it is lost."""
+        if self.pipe_poll and not self.pipe_poll.poll(0):
+            raise BlockingIOError
+        if os.write(self.fd, line + b"\n") <= len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def close(self) -> None:
+        if self.fd != 2:
+            with contextlib.suppress(OSError):      # closed all the same
+                os.close(self.fd)
 
 
 class Syslog:
-    """A datagram socket to syslog(3), which comes back after a restart.
+    """A datagram socket to syslog(3) that finds a syslog that has restarted.
 
-    Inside a chroot the path is out of reach: there only a socket that stays,
-    as that of systemd-journald does, or UDP survives a restart of syslog.
+    Not so in a chroot, where the path is out of reach, unless the socket
+    stays, as that of systemd-journald does, or it is UDP.
     """
 
-    def __init__(self, settings: Any) -> None:
-        """Connect; raise OSError when nobody listens."""
-        self.configured = settings.syslog_address
-        self.address: Any = settings.syslog_address
-        self.priority = FACILITIES.index(settings.facility) * 8
-        self.sock = self.connect()
+    limit = MAX_SYSLOG
 
-    def connect(self) -> socket.socket:
-        if isinstance(self.address, str):
-            family = socket.AF_UNIX
-        else:           # a name is looked up once: later it may not work
-            host, port = self.address[:2]
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
-            family, _, _, _, self.address = found[0]
-        sock = socket.socket(family, socket.SOCK_DGRAM)
+    def __init__(self, address: str | tuple[str, int]) -> None:
+        """Connect to a path or host; raise OSError if nobody listens."""
+        family: int = socket.AF_UNIX
+        self.address: Any = address
+        if not isinstance(address, str):    # a name is looked up only here
+            found = socket.getaddrinfo(*address, type=socket.SOCK_DGRAM)
+            family, self.address = found[0][0], found[0][4]
+        self.sock = socket.socket(family, socket.SOCK_DGRAM)
         try:
-            sock.connect(self.address)
+            self.sock.connect(self.address)
         except OSError:
-            sock.close()
-            raise
-        return sock
-
-    def adopt(self, settings: Any) -> bool:
-        """Go on by these settings, if they name the same syslog."""
-        self.priority = FACILITIES.index(settings.facility) * 8
-        return bool(self.configured == settings.syslog_address)
-
-    def send(self, level: str, text: str) -> None:
-        """Send a message without waiting; raise OSError if it is lost."""
-        severity = {"error": 3, "warning": 4, "notice": 5, "info": 6,
-                    "debug": 7}[level]
-        data = f"<{self.priority + severity}>{text}".encode()[:MAX_SYSLOG]
-        try:
-            self.sock.send(data, DONT_WAIT)
-        except BlockingIOError:         # it is there, but does not keep up
-            raise
-        except OSError:
-            sock = self.connect()
             self.sock.close()
-            self.sock = sock
-            self.sock.send(data, DONT_WAIT)
+            raise
+
+    def write(self, line: bytes) -> None:
+        """Send a line without waiting; raise OSError if it is lost."""
+        try:
+            self.sock.send(line, DONT_WAIT)
+        except OSError:         # it may have restarted
+            self.sock.connect(self.address)
+            self.sock.send(line, DONT_WAIT)
+
+    def close(self) -> None:
+        self.sock.close()
 
 
 class Log:
     """The log, one event a line, as key=value or JSON.
 
-    It goes to stderr, a file, or syslog.  Any thread may write; a line is
-    one system call.  Not logging: a line of that costs four times as much.
+    Any thread may write; a line is one system call.  Not logging: a line of
+    that costs four times as much.
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()    # a line must not go to a descriptor
-        self.fd = 2                     # that is closed, and another's now
-        self.syslog: Syslog | None = None
+        self.lock = threading.Lock()    # held from a line's format to its end
         self.level = INFO
-        self.json: Any = None           # the module, when lines are JSON
+        self.format = format_text
+        self.facility = 0
         self.prefix = "fingerd"
-        self.second = 0                 # the time that stamp spells
-        self.stamp = ""
-        self.room = writable_poll(2)
+        self.output: LogFile | Syslog = LogFile(2)
         self.lost = 0                   # lines that could not be written
-        self.torn = False               # does the file end within a line?
 
     def open(self, settings: Any,
              owner: tuple[int, int] | None = None) -> None:
         """Use the settings of [log]; raise OSError and change nothing.
 
-        A file that is made gets the owner (uid, gid).
+        A file is opened again, and gets the owner (uid, gid) if it is new.
+        A connection to syslog is kept.
         """
-        syslog, fd = None, 2
-        json: Any = None
-        if settings.format == "json":
-            import json  # text has no use for it
-        if settings.to == "syslog":
-            syslog = self.syslog
-            if not syslog or not syslog.adopt(settings):
-                syslog = Syslog(settings)
-        elif settings.to != "stderr":
-            fd = open_log_file(settings.to, owner)
+        old = output = self.output
+        if settings.to == "stderr":
+            output = LogFile(2)
+        elif settings.to != "syslog":
+            output = LogFile(open_log_file(settings.to, owner))
+        elif not isinstance(old, Syslog):
+            output = Syslog(settings.syslog_address)
         with self.lock:
-            self.change(syslog, fd)
+            self.output = output
             self.level = LEVELS.index(settings.level)
+            self.format = (format_json if settings.format == "json"
+                           else format_text)
+            self.facility = FACILITIES.index(settings.facility)
             self.prefix = settings.prefix
-            self.json = json
-
-    def change(self, syslog: Syslog | None, fd: int) -> None:
-        """Go on with these, and close what is open."""
-        old_syslog, old_fd = self.syslog, self.fd
-        self.syslog, self.fd = syslog, fd
-        self.room = writable_poll(fd)
-        with contextlib.suppress(OSError):      # it is closed all the same
-            if old_syslog and old_syslog is not syslog:
-                old_syslog.sock.close()
-            if old_fd != 2:
-                os.close(old_fd)
+        if output is not old:
+            old.close()
 
     def close(self) -> None:
         """Close what is open; what comes later goes to stderr."""
         with self.lock:
-            self.change(None, 2)
+            old, self.output = self.output, LogFile(2)
+        old.close()
 
     def event(self, level: str, event: str, **fields: Any) -> None:
         """Write a line if its level is wanted, the fields in their order."""
         if LEVELS.index(level) >= self.level:
-            self.write(level, self.format(event, fields))
+            with self.lock:
+                self.write(level, self.fit(event, fields))
 
     def query(self, host: str, port: int, line: bytes, reply: Reply,
               sent: int, ms: int) -> None:
         """Write the line of a connection: bytes sent, milliseconds it took."""
         if self.level > INFO:
             return
-        if self.json:
-            self.write("info", self.format("query", {
-                "client": host, "port": port,
-                "q": line.decode("utf-8", "backslashreplace"),
-                "outcome": reply.outcome, "backend": reply.backend,
-                "bytes": sent, "ms": ms}))
-        else:
-            q = quote_short_line(line) if len(line) < 99 else quote_line(line)
-            self.write("info", f"query client={host} port={port}"
-                       f" q={q} outcome={reply.outcome}"
-                       f" backend={reply.backend} bytes={sent} ms={ms}")
+        if self.format is format_text and len(line) <= SHORT:
+            text = (f"query client={host} port={port} q={quote_line(line)}"
+                    f" outcome={reply.outcome} backend={reply.backend}"
+                    f" bytes={sent} ms={ms}")
+            with self.lock:
+                self.write("info", text)
+            return
+        json = self.format is format_json
+        q = line.decode(
+            "utf-8", "backslashreplace" if json else "surrogateescape")
+        self.event("info", "query", client=host, port=port, q=q,
+                   outcome=reply.outcome, backend=reply.backend, bytes=sent,
+                   ms=ms)
 
-    def format(self, event: str, fields: dict[str, Any]) -> str:
-        if self.json:
-            return str(self.json.dumps({"event": event, **fields}))
-        texts = {key: str(value) for key, value in fields.items()}
-        return " ".join([event, *(
-            f"{key}={text if PLAIN.fullmatch(text) else quote(text)}"
-            for key, text in texts.items())])
+    def fit(self, event: str, fields: dict[str, Any]) -> str:
+        """Format an event; cut its longest value until the line fits."""
+        line = self.format(event, fields)
+        limit = self.output.limit - HEAD
+        while len(line) > limit and any(fields.values()):
+            key = max(fields, key=lambda key: len(str(fields[key])))
+            text = str(fields[key])
+            fields[key] = text[:len(text) * limit // len(line)]
+            line = self.format(event, fields)
+        return line
 
     def write(self, level: str, line: str) -> None:
-        """Write a line, and what is known of lost ones before; no raise."""
-        with self.lock:
-            try:
-                if self.lost:
-                    lost = self.format("lost", {"lines": self.lost})
-                    self.write_line("warning", lost, "\n" * self.torn)
-                    self.lost, self.torn = 0, False
-                self.write_line(level, line)
-            except OSError:
-                self.lost += 1
+        """Write a line; before it, how many were lost."""
+        try:
+            if self.lost:
+                lost = self.format("lost", {"lines": self.lost})
+                self.output.write(self.add_head("warning", lost))
+                self.lost = 0
+            self.output.write(self.add_head(level, line))
+        except OSError:
+            self.lost += 1
 
-    def write_line(self, level: str, line: str, start: str = "") -> None:
-        """Write a line to where it goes; OSError if that will not take it."""
-        if self.syslog:
-            self.syslog.send(level, f"{self.prefix}[{os.getpid()}]: {line}")
-            return
-        text = start + self.add_time(line)
-        data = text.encode("ascii", "backslashreplace") + b"\n"
-        if self.room:
-            data = data[:select.PIPE_BUF - 1].rstrip(b"\n") + b"\n"
-            if not self.room.poll(0):
-                raise BlockingIOError
-        if os.write(self.fd, data) < len(data):
-            self.torn = True
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def add_time(self, line: str) -> str:
-        """Put the time, or on stderr the prefix, in front of a line."""
-        now = int(time.time())
-        if now != self.second:
-            self.second = now
-            self.stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
-        if line.startswith("{"):        # JSON; no event's name does
-            return f'{{"time": "{self.stamp}", {line[1:]}'
-        if self.fd == 2:
-            return f"{self.prefix}: {line}"
-        return f"{self.stamp} {line}"
-
-
-def writable_poll(fd: int) -> Any:
-    """Give a poll that tells whether a pipe or terminal has room.
-
-    A write of at most PIPE_BUF bytes does not block then (pipe(7)).  None
-    for a file, which always takes it.
-    """
-    try:
-        if stat.S_ISREG(os.fstat(fd).st_mode):
-            return None
-    except OSError:
-        return None
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    return poll
-
-
-def open_log_file(path: str, owner: tuple[int, int] | None) -> int:
-    """Open a file to append to; one that is made is given to its owner."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY
-    flags |= os.O_NONBLOCK      # a pipe that nobody reads must not hold us
-    try:
-        fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o640)
-    except FileExistsError:
-        return os.open(path, flags)
-    if owner:
-        os.fchown(fd, *owner)
-    return fd
+    def add_head(self, level: str, line: str) -> bytes:
+        """Put time or prefix in front; JSON has the time in it."""
+        if isinstance(self.output, Syslog):
+            severity = 7 - LEVELS.index(level)      # as syslog(3) counts
+            line = (f"<{self.facility * 8 + severity}>"
+                    f"{self.prefix}[{os.getpid()}]: {line}")
+        elif self.format is format_text and self.output.fd == 2:
+            line = f"{self.prefix}: {line}"
+        elif self.format is format_text:
+            line = f"{utc_time(int(time.time()))} {line}"
+        return line.encode("ascii", "backslashreplace")
 
 
 # ---- Answers --------------------------------------------------------------
@@ -2302,21 +2290,22 @@ def poll_timeout(seconds):
     return None if seconds == math.inf else max(0, min(seconds, 3600))
 
 
-# ---- Process --------------------------------------------------------------
+# ---- Sockets --------------------------------------------------------------
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-RELOADED = -1                        # no signal, but acted on like one
-TURN = 0.0002                   # seconds the loop waits for a busy thread
-PIDFILE_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-DEFAULT_TIMEOUT = 60.0          # seconds, where the config does not tell
-STOP_PATIENCE = 5.0             # seconds beyond the timeout, for --stop
-PIDFILE_PATIENCE = 0.3          # seconds; others hold its lock for less
 SPARE_DESCRIPTORS = 32          # log, listeners, selector, Python's own
 LOOKUP_DESCRIPTORS = 7          # a thread's socket, or pipes of its process
+LISTEN_HINTS = {
+    errno.EACCES: "; start as root, or use a port above 1023",
+    errno.EADDRINUSE: "; stop the program that is there, or use another port",
+}
 
 
 class StartError(Exception):
     """Why the daemon cannot start, for the terminal."""
+
+
+class AbsentAddress(StartError):
+    """This system does not have an address, or its family."""
 
 
 class Listener(socket.socket):
@@ -2332,19 +2321,17 @@ class Listener(socket.socket):
 
 
 def address_text(address: tuple[Any, ...]) -> str:
-    """Spell host and port of a socket's address."""
+    """Format host and port of a socket's address."""
     host, port = address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def open_listeners(addresses: Iterable[tuple[str, int]]) -> list[
-        socket.socket]:
-    """Open a listening socket for each address of each name, or StartError."""
+def open_listeners(names: Iterable[tuple[str, int]]) -> list[socket.socket]:
+    """Listen on the addresses of all names, or raise StartError."""
     listeners: list[socket.socket] = []
     try:
-        for host, port in addresses:
-            listeners += listen_on(host, port, [
-                listener.getsockname() for listener in listeners])
+        for host, port in names:
+            listen_on(host, port, listeners)
     except StartError:
         for listener in listeners:
             listener.close()
@@ -2352,69 +2339,55 @@ def open_listeners(addresses: Iterable[tuple[str, int]]) -> list[
     return listeners
 
 
-def listen_on(host: str, port: int,
-              taken: Container[Any] = ()) -> list[socket.socket]:
-    """Listen on all addresses of a name; on one of them at least.
+def listen_on(host: str, port: int, listeners: list[socket.socket]) -> None:
+    """Add a listener for each address of a name that has none yet.
 
-    Addresses that we have taken are passed over, and so are those of a
-    family that the system lacks.
+    Absent addresses are skipped, as long as there is another.
     """
-    listeners: list[socket.socket] = []
-    failure: OSError | None = None
-    where = address_text((host, port))
+    absent: AbsentAddress | None = None
+    present = False
+    for family, (name, _, *scope) in find_addresses(host, port):
+        address = (name, port, *scope)
+        if address not in [each.getsockname() for each in listeners]:
+            try:
+                listeners.append(open_listener(family, address))
+            except AbsentAddress as error:
+                absent = error
+                continue
+            port = listeners[-1].getsockname()[1]   # one port for all
+        present = True
+    if absent and not present:
+        raise absent
+
+
+def find_addresses(host: str, port: int) -> list[tuple[int, Any]]:
+    """Give the families and addresses of a host; of all for *."""
     try:
         infos = socket.getaddrinfo(None if host == "*" else host, port,
                                    type=socket.SOCK_STREAM,
                                    flags=socket.AI_PASSIVE)
-        for family, _, _, _, address in dict.fromkeys(infos):
-            where = address_text(address)
-            if address in taken:
-                continue
-            try:
-                listener = listen((address[0], port, *address[2:]), family)
-            except OSError as error:
-                if error.errno not in (errno.EADDRNOTAVAIL,
-                                       errno.EAFNOSUPPORT):
-                    raise
-                failure = error
-                continue
-            listeners.append(listener)
-            port = port or listener.getsockname()[1]    # one port for all
-        if failure and not listeners:
-            raise failure
-    except OSError as error:
-        for listener in listeners:
-            listener.close()
-        raise StartError(f"cannot listen on {where}: {reason(error)}"
-                         + listen_hint(error)) from None
     except UnicodeError:
-        raise StartError(f"cannot listen on {where}: that is no name of a"
-                         " host") from None
-    return listeners
+        why = "not a host name"
+    except OSError as error:
+        why = reason(error)
+    else:
+        return [(info[0], info[4]) for info in infos]
+    raise StartError(f"cannot listen on {address_text((host, port))}: {why}")
 
 
-def listen_hint(error: OSError) -> str:
-    """Say how to mend the usual failures."""
-    if error.errno == errno.EACCES:
-        return "; start as root, or use a port above 1023"
-    if error.errno == errno.EADDRINUSE:
-        return "; stop the program that is there, or use another port"
-    return ""
-
-
-def listen(address: tuple[Any, ...], family: int) -> socket.socket:
+def open_listener(family: int, address: tuple[Any, ...]) -> Listener:
     """Open one listening socket that does not block."""
-    listener = Listener(family, socket.SOCK_STREAM)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-    except OSError:
-        listener.close()
-        raise
+        sock = socket.create_server(address, family=family, backlog=BACKLOG)
+    except OSError as error:
+        number = error.errno or 0       # its text names the address again
+        absent = number in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+        raise (AbsentAddress if absent else StartError)(
+            f"cannot listen on {address_text(address)}:"
+            f" {os.strerror(number).lower()}"
+            + LISTEN_HINTS.get(number, "")) from None
+    listener = Listener(fileno=sock.detach())
+    listener.setblocking(False)
     return listener
 
 
@@ -2425,84 +2398,101 @@ def passed_listeners() -> list[socket.socket]:
     os.environ.pop("LISTEN_FDNAMES", None)
     if pid != str(os.getpid()) or not re.fullmatch("[0-9]{1,4}", number):
         return []
-    listeners: list[socket.socket] = []
-    for fd in range(3, 3 + int(number)):
-        try:
-            listener = Listener(fileno=fd)
-            listening = listener.getsockopt(socket.SOL_SOCKET,
-                                            socket.SO_ACCEPTCONN)
-        except OSError as error:
-            raise StartError(f"LISTEN_FDS: descriptor {fd} is no socket:"
-                             f" {reason(error)}") from None
-        if not listening or listener.family not in (socket.AF_INET,
-                                                    socket.AF_INET6):
-            raise StartError(f"LISTEN_FDS: descriptor {fd} is no listening"
-                             " TCP socket; write ListenStream=79")
-        listener.set_inheritable(False)
-        listener.passed = True
-        listener.setblocking(False)
-        listeners.append(listener)
-    return listeners
+    return [passed_listener(fd) for fd in range(3, 3 + int(number))]
+
+
+def passed_listener(fd: int) -> Listener:
+    try:
+        listener = Listener(fileno=fd)
+        listening = listener.getsockopt(socket.SOL_SOCKET,
+                                        socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise StartError(f"LISTEN_FDS: descriptor {fd} is not a socket:"
+                         f" {reason(error)}") from None
+    if not listening or listener.family not in (socket.AF_INET,
+                                                socket.AF_INET6):
+        listener.close()
+        raise StartError(f"LISTEN_FDS: descriptor {fd} is not a listening"
+                         " TCP socket; write ListenStream=79")
+    listener.set_inheritable(False)
+    listener.passed = True
+    listener.setblocking(False)
+    return listener
 
 
 def fit_max_clients(config: Any, log: Log) -> None:
     """Raise the limit of descriptors, and keep clients and threads in it."""
     limits = config.limits
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return
-    most = soft - SPARE_DESCRIPTORS
+    clients = soft - SPARE_DESCRIPTORS
+    threads = limits.max_threads
     if config.server.forward or any(
             backend.waits for _, backend in config.backends):
-        threads = max(1, most // 2 // LOOKUP_DESCRIPTORS)
-        if threads < limits.max_threads:
-            log.event("notice", "limits", max_threads=threads,
-                      descriptors=soft, configured=limits.max_threads)
-            limits.max_threads = threads
-        most -= LOOKUP_DESCRIPTORS * limits.max_threads
-    most = max(1, most)
-    if most < limits.max_clients:
-        log.event("notice", "limits", max_clients=most, descriptors=soft,
-                  configured=limits.max_clients)
-        limits.max_clients = most
+        threads = min(threads, max(1, clients // 2 // LOOKUP_DESCRIPTORS))
+        clients -= LOOKUP_DESCRIPTORS * threads
+    for name, most in (("max_threads", threads),
+                       ("max_clients", max(1, clients))):
+        configured = getattr(limits, name)
+        if most < configured:
+            setattr(limits, name, most)
+            log.event("notice", "limits", **{name: most}, descriptors=soft,
+                      configured=configured)
+
+
+# ---- Pidfile --------------------------------------------------------------
+
+PIDFILE_FLAGS = os.O_CLOEXEC | os.O_NOCTTY | os.O_NOFOLLOW | os.O_NONBLOCK
+PIDFILE_WAIT = 5.0              # seconds for one that starts to have a pid
+
+
+def is_lone_file(info: os.stat_result) -> bool:
+    """Is it a regular file, and has no other name?"""
+    return stat.S_ISREG(info.st_mode) and info.st_nlink < 2
 
 
 class Pidfile:
-    """A file with the number of the process, locked while that lives.
+    """A file with the number of the process, locked while the daemon runs.
 
-    The lock (flock(2)) tells whether one runs, never the number: a file that
-    a crash has left behind is not locked, and does no harm.
+    A start locks it with flock(2), which survives its forks, so that there
+    is only one.  The daemon locks it with lockf(3), too: the system knows the
+    process that has done so.  The number alone is not believed, for a crash
+    leaves it behind, and another user may have written it.
     """
 
     def __init__(self, path: str) -> None:
-        """Lock the file, made if need be; StartError if another holds it."""
+        """Lock the file, created if need be; StartError if another has it."""
         self.path = path
-        until = time.monotonic() + PIDFILE_PATIENCE
+        until = time.monotonic() + PIDFILE_WAIT
         try:
             while not self.lock():
-                if time.monotonic() > until:
-                    pid = running_pid(path) or "not known yet"
-                    raise StartError(f"already running, pid {pid}"
-                                     f" ({path} is locked)")
+                pid, _ = find_daemon(path)
+                if pid or time.monotonic() > until:
+                    raise StartError("already running, pid"
+                                     f" {pid or 'not known yet'} ({path} is"
+                                     " locked)")
                 time.sleep(0.01)
         except OSError as error:
             raise StartError("cannot lock the pidfile:"
                              f" {reason(error)}") from None
 
     def lock(self) -> bool:
-        """Try once.  A --status may hold the lock, but only for a moment."""
-        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-                          | PIDFILE_FLAGS, 0o600)   # none but us may lock it
+        """Try once."""
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | PIDFILE_FLAGS,
+                          0o600)        # anybody can lock what is readable
         try:
-            check_pidfile(self.fd, self.path)
+            read_pidfile(self.fd, self.path)
+            if os.fstat(self.fd).st_uid not in (0, os.geteuid()):
+                raise StartError(f"{self.path} belongs to another user;"
+                                 " remove it, or name another pidfile")
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # One that ends may have removed the file since it was opened.
+            # A daemon that ended since the open may have removed the file.
             if os.path.samestat(os.fstat(self.fd), os.stat(self.path)):
-                os.ftruncate(self.fd, 0)    # a number there is another's
+                os.ftruncate(self.fd, 0)    # of a number that is not ours
                 return True
         except (BlockingIOError, FileNotFoundError):
             pass
@@ -2510,53 +2500,102 @@ class Pidfile:
         return False
 
     def write(self) -> None:
-        """Put the number of this process in."""
-        os.ftruncate(self.fd, 0)
-        os.pwrite(self.fd, b"%d\n" % os.getpid(), 0)
+        """Lock the file as this process, and write its number.
+
+        Never open the file after this: its close would end the lock.
+        """
+        try:
+            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.pwrite(self.fd, b"%d\n" % os.getpid(), 0)
+        except OSError as error:
+            raise StartError("cannot write the pidfile:"
+                             f" {reason(error)}") from None
 
     def remove(self) -> None:
-        """Empty the file, and remove it if we may; that ends the lock."""
-        os.ftruncate(self.fd, 0)
-        with contextlib.suppress(OSError):      # in a chroot it is another
+        """Empty the file, remove it if we may, and end the locks."""
+        with contextlib.suppress(OSError):      # it may be outside a chroot
+            os.ftruncate(self.fd, 0)
             if os.path.samestat(os.fstat(self.fd), os.stat(self.path)):
                 os.unlink(self.path)
         os.close(self.fd)
 
 
-def check_pidfile(fd: int, path: str) -> str:
-    """Give the number in a pidfile; StartError if it is no such file."""
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise StartError(f"{path} is no regular file; name another pidfile")
-    text = os.pread(fd, 20, 0).strip()
-    if not re.fullmatch(b"[0-9]*", text):
+def read_pidfile(fd: int, path: str) -> int:
+    """Give the number in a pidfile, or 0; StartError if it is not one."""
+    if not is_lone_file(os.fstat(fd)):
+        raise StartError(f"{path} is not a regular file with one name; name"
+                         " another pidfile")
+    text = os.pread(fd, 20, 0)
+    if not re.fullmatch(b"([0-9]{1,10}\n?)?", text):
         raise StartError(f"{path} has other text than a process number; name"
                          " another pidfile")
-    return text.decode()
+    return int(text or 0)
 
 
-def running_pid(path: str) -> int:
-    """Give the process number of the daemon that holds a pidfile, or 0."""
-    until = time.monotonic() + STOP_PATIENCE
-    while True:
-        try:
-            fd = os.open(path, os.O_RDONLY | PIDFILE_FLAGS)
-        except FileNotFoundError:
-            return 0
-        except OSError as error:
-            raise StartError("cannot read the pidfile:"
-                             f" {reason(error)}") from None
-        try:
-            text = check_pidfile(fd, path)
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return 0
-        finally:
-            os.close(fd)
-        if text:
-            return int(text)
-        if time.monotonic() > until:
-            raise StartError(f"{path} is locked, but has no number in it")
-        time.sleep(0.01)        # it is just starting, or ending
+def find_daemon(path: str) -> tuple[int, int]:
+    """Give the pid of the daemon that has a pidfile, and the number in it.
+
+    Each may be 0.  Raises StartError if the pid is unknown, or may be forged.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | PIDFILE_FLAGS)
+    except FileNotFoundError:
+        return 0, 0
+    except OSError as error:
+        raise StartError(f"cannot read the pidfile: {reason(error)}"
+                         ) from None
+    try:
+        number = read_pidfile(fd, path)
+        holder = lock_holder(fd)
+        owner = os.fstat(fd).st_uid
+    except OSError as error:
+        raise StartError(f"cannot tell who has locked {path}:"
+                         f" {reason(error)}") from None
+    finally:
+        os.close(fd)
+    if holder and number not in (0, holder):
+        raise StartError(f"{path} names pid {number}, but is locked by pid"
+                         f" {holder}; not believed")
+    owners = (0, os.geteuid(), *(process_ids(holder) or ())[:1])
+    if holder and owner not in owners:
+        raise StartError(f"{path} does not belong to the user of pid {holder},"
+                         " which has locked it; not believed")
+    return holder, number
+
+
+def lock_holder(fd: int) -> int:
+    """Give the pid of the process that has a file's lockf, 0 for none.
+
+    Raises OSError if that process cannot be seen.  See fcntl(2), F_GETLK.
+    """
+    def ask(layout: str, *lock: int) -> tuple[int, ...]:
+        return struct.unpack(layout, fcntl.fcntl(
+            fd, fcntl.F_GETLK, struct.pack(layout, *lock)))
+
+    if sys.platform == "linux":
+        kind, _, _, _, pid = ask("hhqqi0q", fcntl.F_WRLCK, 0, 0, 0, 0)
+    else:               # the BSDs and macOS; not all have the last number
+        _, _, pid, kind, _, _ = ask("qqihhi", 0, 0, 0, fcntl.F_WRLCK, 0, 0)
+    if kind == fcntl.F_UNLCK:
+        return 0
+    if pid <= 0:
+        raise OSError("a process of another namespace")
+    return pid
+
+
+def process_ids(pid: int) -> tuple[int, int] | None:
+    """Give uid and gid of a process; None where the system does not say."""
+    try:
+        info = os.stat(f"/proc/{pid}")
+    except OSError:
+        return None
+    return info.st_uid, info.st_gid
+
+
+# ---- Privileges -----------------------------------------------------------
+
+LOG_FLAGS = (os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY
+             | os.O_NOFOLLOW | os.O_NONBLOCK)   # waits for no pipe's reader
 
 
 def choose_ids(daemon: Any) -> tuple[str, int, int] | None:
@@ -2580,6 +2619,45 @@ def choose_ids(daemon: Any) -> tuple[str, int, int] | None:
     return chosen.name, chosen.uid, gid
 
 
+def lost_log(config: Any) -> str:
+    """Say that there will be no log, or ""."""
+    if config.log.to == "stderr" and config.daemon.daemonize:
+        return ("the log will be lost: it goes to stderr, and there is none in"
+                " the background; write to = syslog, or a file")
+    return ""
+
+
+def unreadable_config(config: Any, ids: Any = None) -> str:
+    """Say why a reload could not read the config, or "".
+
+    It goes by owners and modes, for the uid and gid of the daemon: ids, or
+    those that it is going to have.
+    """
+    if not ids:
+        with contextlib.suppress(StartError):
+            ids = (choose_ids(config.daemon) or ("",))[1:]
+    if not ids:         # it keeps ours, and we have read it
+        return ""
+    path = os.path.abspath(config.path)
+    root = os.path.normpath(config.daemon.chroot or "/")
+    cannot = f"a reload cannot read {path}:"
+    if not path.startswith(os.path.join(root, "")):
+        return f"{cannot} it is outside the chroot {root}; move it there"
+    wanted = stat.S_IROTH
+    while may(os.stat(path), ids, wanted):
+        if path == root:
+            return ""
+        path, wanted = os.path.dirname(path), stat.S_IXOTH
+    return f"{cannot} uid {ids[0]} may not open {path}; change its mode"
+
+
+def may(info: os.stat_result, ids: tuple[int, int], wanted: int) -> bool:
+    """Do owner and mode of a file allow this (S_IROTH or S_IXOTH)?"""
+    uid, gid = ids
+    shift = 6 if info.st_uid == uid else 3 if info.st_gid == gid else 0
+    return uid == 0 or bool(info.st_mode >> shift & wanted)
+
+
 def drop_privileges(name: str, uid: int, gid: int) -> None:
     """Become a user, without a way back; StartError if there is one."""
     try:
@@ -2593,14 +2671,14 @@ def drop_privileges(name: str, uid: int, gid: int) -> None:
     for regain in (os.setuid, os.seteuid):
         with contextlib.suppress(PermissionError):
             regain(0)
-            raise StartError("the rights of root can be had again")
+            raise StartError("root privileges can be regained")
     if os.getgroups() != [gid] or os.getgid() != gid:
         raise StartError("groups of root remain")
     forbid_new_privileges()
 
 
 def forbid_new_privileges() -> None:
-    """Take the power from set-user-id programs (Linux: prctl(2))."""
+    """Make set-user-id programs powerless (Linux: prctl(2))."""
     if sys.platform == "linux":
         with contextlib.suppress(ImportError):  # some Pythons are without
             import ctypes
@@ -2608,7 +2686,7 @@ def forbid_new_privileges() -> None:
 
 
 def load_late_imports() -> None:
-    """Load what cannot be read when it is needed: closed, or outside."""
+    """Import now what cannot be read after chroot or the drop."""
     import difflib  # noqa: F401
     import encodings.idna  # noqa: F401
     import ipaddress  # noqa: F401
@@ -2622,8 +2700,63 @@ def load_late_imports() -> None:
         ctypes.CDLL("libgcc_s.so.1")
 
 
+def open_log_file(path: str, owner: tuple[int, int] | None) -> int:
+    """Open a file or pipe to append to; create a file for its owner.
+
+    Clients choose a part of what is written: no user of this system may lead
+    root to write it into another file.
+    """
+    owners = {0, os.geteuid(), *(owner or ())[:1]}
+    if os.geteuid() == 0:
+        check_directories(os.path.dirname(path), owners)
+    try:
+        fd = os.open(path, LOG_FLAGS | os.O_CREAT | os.O_EXCL, 0o640)
+    except FileExistsError:
+        return open_existing_log(path, owners)
+    if owner:
+        os.fchown(fd, *owner)
+    return fd
+
+
+def open_existing_log(path: str, owners: Container[int]) -> int:
+    """Open a log that belongs to one of these users."""
+    try:
+        fd = os.open(path, LOG_FLAGS)
+        info = os.fstat(fd)
+        if path == os.devnull or info.st_uid in owners and (
+                is_lone_file(info) or stat.S_ISFIFO(info.st_mode)):
+            return fd
+        os.close(fd)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EMLINK):      # a symlink
+            raise
+    raise OSError(f"{path} is a link, a device or another user's; name"
+                  " another file, or write to = stderr")
+
+
+def check_directories(last: str, owners: Container[int]) -> None:
+    """Refuse a directory that others could replace by a symlink."""
+    path = last
+    while True:
+        info = os.lstat(path)
+        link = stat.S_ISLNK(info.st_mode)
+        writable = not link and info.st_mode & stat.S_IWOTH and (
+            not info.st_mode & stat.S_ISVTX)
+        if (link or path != last) and (writable or info.st_uid not in owners):
+            raise OSError(f"others can change {path}; name another file")
+        if path == os.path.dirname(path):
+            return
+        path = os.path.dirname(path)
+
+
+# ---- Process --------------------------------------------------------------
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+TURN = 0.0002                   # seconds the loop waits for a busy thread
+
+
 def daemonize() -> int:
-    """Go on in the background, in a session of its own (daemon(7)).
+    """Continue in the background, in a session of its own (daemon(7)).
 
     Only the daemon returns, with a descriptor: a byte written to it ends the
     launching command with status 0, its close without one with status 1.
@@ -2634,7 +2767,7 @@ def daemonize() -> int:
         os._exit(0 if os.read(launcher, 1) else 1)
     os.close(launcher)
     os.setsid()
-    if os.fork():       # who leads a session could get a terminal again
+    if os.fork():       # the leader of a session could get a terminal again
         os._exit(0)
     return ready
 
@@ -2647,8 +2780,18 @@ def release_launcher(launcher: int, null: int) -> None:
     os.close(launcher)
 
 
+def open_terminal() -> int | None:
+    """Open the terminal; None if there is none, or its end is ignored."""
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        return None
+    try:
+        return os.open("/dev/tty", os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
+    except OSError:
+        return None
+
+
 class Notifier(contextlib.AbstractContextManager):
-    """Tells systemd how it goes (sd_notify(3)); without one it is silent."""
+    """Reports to systemd (sd_notify(3)); without one it does nothing."""
 
     def __init__(self) -> None:
         """Connect now: in a chroot the path is out of reach."""
@@ -2669,14 +2812,14 @@ class Notifier(contextlib.AbstractContextManager):
         if re.fullmatch("[0-9]{1,15}", period) and pid == str(os.getpid()):
             self.period = int(period) / 2e6
 
-    def tell(self, *lines: str) -> None:
+    def send(self, *lines: str) -> None:
         if self.sock:
             with contextlib.suppress(OSError):
                 self.sock.send("\n".join(lines).encode(), DONT_WAIT)
 
-    def live(self) -> float:
-        """Give a sign of life; say in how many seconds the next is due."""
-        self.tell("WATCHDOG=1")
+    def send_sign_of_life(self) -> float:
+        """Send it, and give the seconds until the next is due."""
+        self.send("WATCHDOG=1")
         return self.period
 
     def __exit__(self, *exception: object) -> None:
@@ -2691,68 +2834,79 @@ class Daemon:
                  reader: Callable[..., ConfigReader]) -> None:
         self.config = config
         self.log = log
-        self.reader = reader            # for the config at a path, anew
+        self.reader = reader            # of the config
         self.directory = os.getcwd()    # where relative paths start
         self.root = ""                  # the chroot that we are in
-        self.ids: tuple[str, int, int] | None = None    # whom we became
-        self.pidfile: Pidfile | None = None
-        self.reloads = 0                # asked for and not done
-        self.read: Any = None           # what the last one of them found
+        self.ids: tuple[str, int, int] | None = None    # that we become
+        self.terminal: int | None = None
         self.started = time.monotonic()
         self.stopped_by = ""
+        self.notifier: Notifier
         self.server: FingerServer
 
-    def run(self) -> None:
+    def start_and_serve(self) -> None:
         """Start, serve until a signal, end.  Raises StartError.
 
         All that can fail does so before the launching command returns, most
         of it before the fork.
         """
-        os.umask(self.config.daemon.umask)
+        daemon = self.config.daemon
+        os.umask(daemon.umask)
         sys.setswitchinterval(TURN)
         site = Answers(self.config, self.log)
         with contextlib.ExitStack() as opened:
+            pidfile = daemon.pidfile and Pidfile(self.path(daemon.pidfile))
+            if pidfile:
+                opened.callback(pidfile.remove)
             listeners = passed_listeners() or open_listeners(
                 self.config.server.listen)
             for listener in listeners:
                 opened.enter_context(listener)
-            self.ids = choose_ids(self.config.daemon)
-            if self.config.daemon.pidfile:
-                self.pidfile = Pidfile(self.path(self.config.daemon.pidfile))
-            self.open_log()
+            self.ids = choose_ids(daemon)
+            self.open_log(self.config.log)
             self.notifier = opened.enter_context(Notifier())
             null = opened.enter_context(open(os.devnull, "r+b", 0))
+            self.terminal = None if daemon.daemonize else open_terminal()
             self.give_up_rights(site)
-            # From here on a signal waits until the loop can act on it.
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-            launcher = daemonize() if self.config.daemon.daemonize else None
-            if self.pidfile:
-                self.pidfile.write()
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)   # for later
+            launcher = daemonize() if daemon.daemonize else None
+            if pidfile:
+                pidfile.write()
+            fit_max_clients(self.config, self.log)
             self.server = opened.enter_context(
                 FingerServer(listeners, site, self.log))
             self.watch_signals()
-            self.tell_ready()
+            self.report_ready(listeners)
             if launcher is not None:
                 release_launcher(launcher, null.fileno())
             self.server.serve_forever()
-            self.tell_end()
+            self.report_end()
 
-    def run_inetd(self, sock: socket.socket) -> None:
-        """Serve one connection, which inetd(8) has accepted."""
+    def serve_inetd(self, sock: socket.socket) -> None:
+        """Serve the one connection that inetd(8) has accepted."""
         os.umask(self.config.daemon.umask)
         site = Answers(self.config, self.log)
         self.ids = choose_ids(self.config.daemon)
-        self.open_log()
+        try:
+            self.open_log(self.config.log)
+        except StartError:
+            if self.config.log.to != "syslog":
+                raise           # without syslog only the log is lost
         self.give_up_rights(site)
         with FingerServer([], site, self.log) as server:
-            server.serve_one(sock)
+            try:
+                server.serve_one(sock)
+            except OSError as error:
+                if error.errno not in (errno.ENOTCONN, errno.EINVAL):
+                    raise       # else it had left before it had an address
+                self.log.query("unknown", 0, b"", GONE, 0, 0)
 
     def give_up_rights(self, site: Answers) -> None:
         """Enter the chroot and the rundir, and become the user."""
         daemon = self.config.daemon
         rundir = daemon.rundir or (
             "/" if daemon.daemonize or daemon.chroot else "")
-        if self.ids and self.ids[1] or daemon.chroot:
+        if self.ids:
             load_late_imports()
         try:
             if daemon.chroot:
@@ -2775,28 +2929,24 @@ class Daemon:
             return path[len(self.root):]
         return path
 
-    def open_log(self) -> None:
-        settings = self.config.log
-        if settings.to not in ("stderr", "syslog"):
+    def open_log(self, settings: Any) -> None:
+        """Open the log, again if it is a file; StartError if that fails."""
+        settings = types.SimpleNamespace(**vars(settings))
+        what = "open the log"
+        if settings.to == "syslog":
+            address = settings.syslog_address
+            what = "reach syslog at " + (
+                address if isinstance(address, str) else address_text(address))
+        elif settings.to != "stderr":
             settings.to = self.path(settings.to)
-        elif settings.to == "stderr" and self.config.daemon.daemonize:
-            complain("the log will be lost: it goes to stderr, and there is"
-                     " none in the background; write to = syslog, or a file")
         try:
             self.log.open(settings, self.ids[1:] if self.ids else None)
         except OSError as error:
-            where = "open the log"
-            if settings.to == "syslog":
-                address = settings.syslog_address
-                where = "reach syslog at " + (
-                    address if isinstance(address, str)
-                    else address_text(address))
-            raise StartError(f"cannot {where}: {reason(error)}") from None
+            raise StartError(f"cannot {what}: {reason(error)}") from None
 
-    def tell_ready(self) -> None:
+    def report_ready(self, listeners: list[socket.socket]) -> None:
         """Write the first lines of the log, and let systemd know."""
         event = self.log.event
-        fit_max_clients(self.config, self.log)
         for (section, name), text in self.config.texts.items():
             event("debug", "setting", section=section, name=name, value=text)
         if self.ids and not self.config.daemon.user:
@@ -2804,20 +2954,17 @@ class Daemon:
                   reason="started as root, and user is not set")
         user = {"user": self.ids[0]} if self.ids else {}
         event("notice", "ready", listen=",".join(
-            address_text(listener.getsockname())
-            for listener in self.server.door.listeners),
+            address_text(listener.getsockname()) for listener in listeners),
             backend=",".join(name for name, _ in self.config.backends),
             **user, pid=os.getpid())
-        self.notifier.tell("READY=1", f"MAINPID={os.getpid()}")
+        self.notifier.send("READY=1", f"MAINPID={os.getpid()}")
         if self.notifier.period:
-            self.server.chores[self.notifier.live] = 0.0
+            self.server.chores[self.notifier.send_sign_of_life] = 0.0
 
-    def tell_end(self) -> None:
+    def report_end(self) -> None:
         self.log.event("notice", "stopped", signal=self.stopped_by,
                        queries=sum(self.server.outcomes.values()),
                        seconds=int(time.monotonic() - self.started))
-        if self.pidfile:
-            self.pidfile.remove()
         signal.set_wakeup_fd(-1)
         # It is too late for more.  To ignore them would not do: Python
         # complains of one that has come, but has no handler any more.
@@ -2833,8 +2980,7 @@ class Daemon:
         self.server.inbox.actions = {
             signal.SIGTERM: functools.partial(self.stop, "SIGTERM"),
             signal.SIGINT: functools.partial(self.stop, "SIGINT"),
-            signal.SIGHUP: self.reload, signal.SIGUSR1: self.log_counters,
-            RELOADED: self.take_read}
+            signal.SIGHUP: self.hang_up, signal.SIGUSR1: self.log_counters}
         for number in SIGNALS:
             signal.signal(number, note)
         # A launcher may have left it ignored: then no program has a status.
@@ -2844,91 +2990,76 @@ class Daemon:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def stop(self, name: str) -> None:
-        self.notifier.tell("STOPPING=1")
+        self.notifier.send("STOPPING=1")
         self.stopped_by = name
         self.server.stop()
 
-    def reload(self) -> None:
-        """Take up the config anew: all of it or, if it is bad, nothing.
+    def hang_up(self) -> None:
+        """Stop if the terminal has gone that we were started from, or reload.
 
-        The log file is opened anew in both cases, and at once.  The config
-        is read by a thread, for a long one takes seconds.
+        Nobody sees a log on a terminal that has gone.  /dev/tty could not be
+        opened in a chroot, so this asks by a descriptor.
         """
-        if self.server.stop_deadline is not None:
-            return
-        with contextlib.suppress(OSError):      # change_config() will tell
-            self.log.open(self.config.log)
-        self.notifier.tell("RELOADING=1",
-                           f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        self.reloads += 1
-        if self.reloads == 1:   # else one is being read, and may be old
-            self.start_reading()
-
-    def start_reading(self) -> None:
-        """Have a thread read the config; without one, read it here."""
-        reader = threading.Thread(target=self.read_anew, daemon=True)
         try:
-            reader.start()
-        except RuntimeError:
-            self.read_anew()
-
-    def read_anew(self) -> None:
-        """Read the config, and let the loop know what came of it."""
-        gc.collect()        # a web backend that was replaced is a cycle
-        try:
-            config = self.reader(self.path(self.config.path),
-                                 old=self.config).read()
-            if config.log.to not in ("stderr", "syslog"):
-                config.log.to = self.path(config.log.to)
-            self.read = config, Answers(config, self.log)
-        except Exception as error:      # whatever it is, the old one serves
-            self.read = error
-        self.server.inbox.signals.append(RELOADED)
-        self.server.inbox.wake()
-
-    def take_read(self) -> None:
-        """Serve by the config that has been read, or keep the old one."""
-        if self.server.stop_deadline is not None:
-            return
-        try:
-            if isinstance(self.read, Exception):
-                raise self.read
-            self.change_config(*self.read)
-        except Exception as error:
-            self.keep_config(error)
-        self.read = None
-        self.reloads = min(self.reloads - 1, 1)
-        if self.reloads:
-            self.start_reading()
+            if self.terminal is not None:
+                os.tcgetpgrp(self.terminal)
+        except OSError:
+            self.stop("SIGHUP")
         else:
-            self.notifier.tell("READY=1")
+            self.reload()
 
-    def change_config(self, config: Any, site: Answers) -> None:
-        """Go on by another config; raise OSError if its log cannot be had."""
-        self.log.open(config.log)
+    def reload(self) -> None:
+        """Reload the config: all of it or, if it is bad, nothing.
+
+        Nothing here waits for the network.
+        """
+        if self.stopped_by:
+            return
+        self.notifier.send("RELOADING=1",
+                           f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            with contextlib.suppress(StartError):   # it stays as it is
+                self.open_log(self.config.log)
+            self.change_config(self.read_config())
+        except Exception as error:      # whatever it is, the old one serves
+            text = (reason(error) if isinstance(error, OSError)
+                    else str(error) or repr(error))
+            for line in text.splitlines():
+                self.log.event("warning", "reload-failed", reason=line)
+        self.notifier.send("READY=1")
+
+    def read_config(self) -> Any:
+        """Read the config again, but not from a pipe: that could wait."""
+        path = self.path(self.config.path)
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ConfigError(f"{path} is not a regular file")
+        config = self.reader(path, old=self.config).read()
         config.path = self.config.path
-        self.tell_what_stays(config)
+        return config
+
+    def change_config(self, config: Any) -> None:
+        """Use another config; StartError if its log cannot be opened."""
+        site = Answers(config, self.log)
+        self.log_unreloadable(config)
+        self.open_log(config.log)
         fit_max_clients(config, self.log)
         self.server.change_answers(site)
         self.config = config
         self.log.event("notice", "reloaded", config=config.path)
 
-    def keep_config(self, error: Exception) -> None:
-        """Say why the old config stays."""
-        text = (reason(error) if isinstance(error, OSError)
-                else str(error) or repr(error))
-        for line in text.splitlines():
-            self.log.event("warning", "reload-failed", reason=line)
-
-    def tell_what_stays(self, config: Any) -> None:
-        """Log what a reload would have to change, but cannot."""
+    def log_unreloadable(self, config: Any) -> None:
+        """Log what a reload cannot change, and keep it."""
         for row in SETTINGS:
-            key = row.section, row.name
-            if (row.section == "daemon" or row.name == "listen") and (
-                    config.texts[key] != self.config.texts[key]):
-                self.log.event("warning", "not-reloaded", setting=row.name,
+            key = section, name = row.section, row.name
+            old, new = self.config.texts[key], config.texts[key]
+            if new != old and (
+                    section == "daemon" or name in ("listen", "syslog_address")
+                    or (section, name, new) == ("log", "to", "syslog")):
+                self.log.event("warning", "not-reloaded", setting=name,
                                reason="only a restart can change it")
-                config.texts[key] = self.config.texts[key]
+                config.texts[key] = old
+                setattr(getattr(config, section), name,
+                        getattr(getattr(self.config, section), name))
 
     def log_counters(self) -> None:
         server = self.server
@@ -2941,6 +3072,8 @@ class Daemon:
 
 # ---- Command line ---------------------------------------------------------
 
+DEFAULT_TIMEOUT = 60.0          # seconds, if the config has errors
+STOP_WAIT = 5.0                 # seconds beyond the timeout, for --stop
 BUNDLE_MAIN = "import fingerd, sys\nsys.exit(fingerd.main())\n"
 COMMANDS = {
     "check": "check the config: status 0 if good, 2 if not",
@@ -3096,37 +3229,94 @@ def say_reply(site: Answers, line: str, client: str) -> int:
     return 1 if reply.outcome == "failed" else 0
 
 
-def control(args: types.SimpleNamespace, pidfile: str, timeout: float) -> int:
-    """Act on the running daemon; give the exit status."""
+def control(args: types.SimpleNamespace,
+            reader: Callable[..., ConfigReader]) -> int:
+    """Act on the running daemon; give the exit status.
+
+    A pidfile is enough: the config may have errors by now.
+    """
+    config, pidfile, errors = read_for_control(args.config, reader)
+    pidfile = args.pidfile or pidfile
     if not pidfile:
-        raise ConfigError("there is no pidfile to know the daemon by; set"
-                          " pidfile in [daemon], or give --pidfile")
+        raise ConfigError(errors or "no pidfile is configured; set pidfile in"
+                                    " [daemon], or give --pidfile")
     path = os.path.abspath(pidfile)
-    pid = running_pid(path)
-    if not pid:
-        say(b"fingerd is not running\n")
-        return 3 if args.status else 1 if args.reload else 0
     if args.status:
-        say(f"fingerd is running, pid {pid}\n".encode())
-        return 0
-    try:
-        os.kill(pid, signal.SIGTERM if args.stop else signal.SIGHUP)
-    except OSError as error:
-        raise StartError(f"cannot signal pid {pid}:"
-                         f" {reason(error)}") from None
-    if args.stop:
-        wait_for_end(path, pid, timeout + STOP_PATIENCE)
+        return print_status(path)
+    if args.reload:
+        return send_reload(path, config, errors)
+    stop_daemon(path, config.limits.timeout if config else DEFAULT_TIMEOUT)
     return 0
 
 
-def wait_for_end(path: str, pid: int, patience: float) -> None:
-    """Wait until nobody, or another, holds the pidfile; or StartError."""
-    until = time.monotonic() + patience
-    while running_pid(path) == pid:
+def read_for_control(path: str | None, reader: Callable[..., ConfigReader]
+                     ) -> tuple[Any, str, str]:
+    """Give the config or None, its pidfile if that is good, and the errors."""
+    text = ""
+    try:
+        reading = reader(find_config(path))
+        try:
+            config = reading.read()
+        finally:
+            text = reading.texts.get(("daemon", "pidfile"), "")
+    except ConfigError as error:
+        return None, text if text.isprintable() else "", str(error)
+    return config, config.daemon.pidfile, ""
+
+
+def print_status(path: str) -> int:
+    """Say whether the daemon runs; give the status of LSB."""
+    try:
+        pid, number = find_daemon(path)
+    except StartError as error:
+        complain(str(error))
+        return 4
+    if pid:
+        say(f"fingerd is running, pid {pid}\n".encode())
+    elif number:
+        say(f"fingerd has died; it was pid {number}\n".encode())
+    else:
+        say(b"fingerd is not running\n")
+    return 0 if pid else 1 if number else 3
+
+
+def send_reload(path: str, config: Any, errors: str) -> int:
+    """Have the daemon reload; give 1 if that fails, as far as we know."""
+    if errors:
+        complain(errors)
+    pid, _ = find_daemon(path)
+    if not pid:
+        say(b"fingerd is not running\n")
+        return 1
+    if config:
+        errors = unreadable_config(config, process_ids(pid))
+        if errors:
+            complain(errors)
+    send_signal(pid, signal.SIGHUP)
+    return 1 if errors else 0
+
+
+def stop_daemon(path: str, timeout: float) -> None:
+    """Stop the daemon, and wait until nobody, or another, has its pidfile."""
+    pid, _ = find_daemon(path)
+    if not pid:
+        say(b"fingerd is not running\n")
+        return
+    send_signal(pid, signal.SIGTERM)
+    until = time.monotonic() + timeout + STOP_WAIT
+    while find_daemon(path)[0] == pid:
         if time.monotonic() > until:
-            raise StartError(f"pid {pid} has not ended in {patience:.0f}"
-                             " seconds")
+            raise StartError(f"pid {pid} has not ended in"
+                             f" {timeout + STOP_WAIT:.0f} seconds")
         time.sleep(0.02)
+
+
+def send_signal(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except OSError as error:
+        raise StartError(f"cannot signal pid {pid}:"
+                         f" {reason(error)}") from None
 
 
 def take_inetd_socket() -> socket.socket:
@@ -3136,14 +3326,14 @@ def take_inetd_socket() -> socket.socket:
     """
     try:
         sock = socket.socket(fileno=os.dup(0))
-        if len(sock.getpeername()) < 2 or sock.type != socket.SOCK_STREAM:
-            raise OSError("it is not TCP")
+        if sock.type != socket.SOCK_STREAM or sock.family not in (
+                socket.AF_INET, socket.AF_INET6) or sock.getsockopt(
+                socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            sock.close()
+            raise OSError("not TCP, or listening")
     except OSError as error:
-        raise StartError("--inetd: standard input is no connection:"
+        raise StartError("--inetd: standard input is not a connection:"
                          f" {reason(error)}; have inetd start it") from None
-    import syslog
-    syslog.openlog("fingerd", syslog.LOG_PID | syslog.LOG_NDELAY,
-                   syslog.LOG_DAEMON)       # for refuse_for_inetd
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         if stat.S_ISSOCK(os.fstat(fd).st_mode):
@@ -3152,17 +3342,20 @@ def take_inetd_socket() -> socket.socket:
     return sock
 
 
-def refuse_for_inetd(sock: socket.socket, error: Exception) -> None:
+def refuse_for_inetd(sock: socket.socket, log: Log, error: Exception) -> None:
     """Tell the client that we fail, and syslog why: there is no terminal."""
-    import syslog
     with contextlib.suppress(OSError), sock:
         sock.settimeout(GRACE)
         sock.sendall(FIXED_REPLIES["failed"].data)
         sock.shutdown(socket.SHUT_WR)
         while sock.recv(4096):      # a close with bytes unread is a reset
             pass
-    for line in str(error).splitlines():
-        syslog.syslog(syslog.LOG_ERR, UNSAFE.sub(show_unsafe, line))
+    defaults = {row.name: row.default for row in SETTINGS
+                if row.section == "log"}
+    with contextlib.suppress(OSError):
+        log.open(types.SimpleNamespace(**{**defaults, "to": "syslog"}))
+        for line in str(error).splitlines():
+            log.event("error", "not-started", reason=line)
 
 
 def compiled(name: str, source: str) -> bytes:
@@ -3220,7 +3413,7 @@ def run(args: types.SimpleNamespace, log: Log) -> int:
     try:
         return run_config(args, log, sock)
     except (ConfigError, StartError) as error:
-        refuse_for_inetd(sock, error)
+        refuse_for_inetd(sock, log, error)
         raise
 
 
@@ -3234,27 +3427,23 @@ def run_config(args: types.SimpleNamespace, log: Log,
                  if getattr(args, row.name, None) is not None}
     reader = functools.partial(ConfigReader, report=report,
                                overrides=overrides)
-    try:
-        path = find_config(args.config)
-        config = reader(path).read()
-    except ConfigError:
-        # A config that has been broken since does not keep it running.
-        if not (args.pidfile and (args.stop or args.status)):
-            raise
-        return control(args, args.pidfile, DEFAULT_TIMEOUT)
-    if args.check:
-        say(to_wire(f"{path} is good").replace(b"\r", b""))
-        return 0
     if args.status or args.stop or args.reload:
-        return control(args, config.daemon.pidfile, config.limits.timeout)
+        return control(args, reader)
+    path = find_config(args.config)
+    config = reader(path).read()
     if args.query is not None:
         return print_reply(config, log, args.query,
                            args.client or "127.0.0.1")
-    daemon = Daemon(config, log, reader)
     if sock:
-        daemon.run_inetd(sock)
-    else:
-        daemon.run()
+        Daemon(config, log, reader).serve_inetd(sock)
+        return 0
+    for warning in (lost_log(config), unreadable_config(config)):
+        if warning:
+            complain(warning)
+    if args.check:
+        say(to_wire(f"{path} is good").replace(b"\r", b""))
+        return 0
+    Daemon(config, log, reader).start_and_serve()
     return 0
 
 

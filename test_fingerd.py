@@ -10,6 +10,7 @@ import codecs
 import contextlib
 import encodings
 import errno
+import fcntl
 import functools
 import glob
 import grp
@@ -19,6 +20,7 @@ import json
 import math
 import os
 import pathlib
+import pty
 import pwd
 import random
 import re
@@ -134,6 +136,7 @@ def wait_until(condition, what):
 def config_file(text, name="fingerd.conf"):
     """Write a config into a directory of its own; give its path."""
     with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)      # for the user that root becomes
         path = os.path.join(directory, name)
         with open(path, "wb") as file:
             file.write(text if isinstance(text, bytes) else text.encode())
@@ -904,8 +907,9 @@ class LogTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as directory:
             path = os.path.join(directory, "log")
             log = fingerd.Log()
+            log.path = path
             values = {"to": path, "format": "text", "level": "info",
-                      "prefix": "fingerd"}
+                      "facility": "daemon", "prefix": "fingerd"}
             log.open(fingerd.types.SimpleNamespace(**{**values, **settings}))
             write(log)
             log.close()
@@ -949,7 +953,7 @@ class LogTest(unittest.TestCase):
             empty="", pair="a=b"))
         self.assertEqual(line.partition(" ")[2],
                          'failed backend=web reason="no\\x0aroute" n=1'
-                         ' empty="" pair="a=b"')
+                         ' empty= pair="a=b"')
 
     def test_leaves_out_what_is_below_its_level(self):
         def write(log):
@@ -961,14 +965,14 @@ class LogTest(unittest.TestCase):
                          ["warning", "error"])
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full here")
-    def test_survives_a_full_disk_and_tells_what_was_lost(self):
+    def test_survives_a_full_disk_and_says_what_was_lost(self):
         def write(log):
-            good = os.dup(log.fd)
+            good = os.dup(log.output.fd)
             full = os.open("/dev/full", os.O_WRONLY)
-            os.dup2(full, log.fd)
+            os.dup2(full, log.output.fd)
             log.event("info", "one")
             log.event("info", "two")
-            os.dup2(good, log.fd)
+            os.dup2(good, log.output.fd)
             log.event("info", "three")
             log.event("info", "four")
             os.close(full)
@@ -976,6 +980,41 @@ class LogTest(unittest.TestCase):
         self.assertEqual([line.partition(" ")[2]
                           for line in self.lines(write)],
                          ["lost lines=2", "three", "four"])
+
+    def test_cuts_the_value_and_not_the_line_where_a_line_is_too_long(self):
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        self.addCleanup(os.close, writer)
+        reply = fingerd.FIXED_REPLIES["unknown"]
+        for form in ("text", "json"):
+            for q in (b"x", b"\0", b'"', "\u00e9".encode(), b"\xff",
+                      "\U0001f600".encode()):
+                with self.subTest(format=form, q=q):
+                    log = fingerd.Log()
+                    log.output = fingerd.LogFile(writer)
+                    log.format = getattr(fingerd, f"format_{form}")
+                    log.query("192.0.2.7", 1, q * 5000 + b"\r\n", reply, 14,
+                              3)
+                    log.event("error", "bug", client="x" * 9, traceback="y\n"
+                              * 9999, other="z" * 3000)
+                    data = os.read(reader, 65536)
+                    query, bug = data.decode("ascii").splitlines()
+                    for line in (query, bug):
+                        self.assertLess(len(line), select.PIPE_BUF)
+                        self.assertGreater(len(line), select.PIPE_BUF // 2)
+                    if form == "json":
+                        self.assertEqual(json.loads(query)["ms"], 3)
+                        self.assertEqual(json.loads(bug)["client"], "x" * 9)
+                    else:
+                        self.assertRegex(query, r' port=1 q="(x|\\"|(\\x..)+)+'
+                                         '" outcome=unknown .* ms=3$')
+                        self.assertRegex(bug, r' traceback="(y|\\x0a)+"'
+                                              ' other=z+$')
+
+    def test_an_event_whose_values_are_all_cut_still_ends(self):
+        log = fingerd.Log()
+        with mock.patch.object(log.output, "limit", 0):
+            self.assertEqual(log.fit("x", {"a": 1, "b": "text"}), "x a= b=")
 
     def test_writes_to_no_descriptor_that_has_become_another_file(self):
         held, go, write = threading.Event(), threading.Event(), os.write
@@ -1000,20 +1039,20 @@ class LogTest(unittest.TestCase):
                 self.assertTrue(held.wait(HANG))
                 threads[1].start()
                 threads[1].join(0.05)
-                os.fstat(log.fd)        # OSError, if it has been closed
+                os.fstat(log.output.fd)     # OSError, if it has been closed
                 go.set()
                 for thread in threads:
                     thread.join(HANG)
             log.close()
             self.assertRegex(pathlib.Path(paths[0]).read_text(), " x\n")
 
-    def test_goes_on_in_the_new_file_when_the_close_of_the_old_fails(self):
+    def test_continues_in_the_new_file_when_the_close_of_the_old_fails(self):
         with tempfile.TemporaryDirectory() as directory:
             path = os.path.join(directory, "log")
             settings = read_config(f"[log]\nto = {path}").log
             log = fingerd.Log()
             log.open(settings)
-            first, close = log.fd, os.close
+            first, close = log.output.fd, os.close
 
             def fail(fd):
                 close(fd)
@@ -1021,35 +1060,42 @@ class LogTest(unittest.TestCase):
 
             with mock.patch("os.close", fail):
                 log.open(settings)
-            self.assertNotEqual(log.fd, first)
+            self.assertNotEqual(log.output.fd, first)
             log.event("error", "x")
             log.close()
             self.assertRegex(pathlib.Path(path).read_text(), " x\n")
 
-    def test_a_line_of_another_format_than_the_log_stays_whole(self):
+    def test_a_line_goes_out_in_the_format_of_the_log_it_goes_to(self):
+        class Slow:     # while it is formatted, the log is opened otherwise
+            def __str__(self):
+                self.opener.start()
+                self.opener.join(0.05)
+                return "b"
+
         def write(log):
-            line = log.format("x", {"a": "b"})
-            log.json = None if log.json else json
-            log.write("error", line)
+            slow = Slow()
+            slow.opener = threading.Thread(target=log.open, args=[
+                read_config(f"[log]\nto = {log.path}\nformat = json").log])
+            log.event("error", "x", a=slow)
+            slow.opener.join(HANG)
             log.event("error", "y")
-        for form, pattern in (("text", r"[^ ]+ x a=b$"),
-                              ("json", '{"time": "[^ ]+", "event": "x", "a"')):
-            self.assertRegex(self.lines(write, format=form)[0], pattern)
+        text, line = self.lines(write)
+        self.assertRegex(text, "^[^ ]+ x a=b$")
+        self.assertEqual(json.loads(line)["event"], "y")
 
     def test_keeps_no_long_lines_that_were_asked(self):
         log = fingerd.Log()
         with mock.patch.object(log, "write"):
-            before = fingerd.quote_short_line.cache_info().currsize
+            before = fingerd.quote_line.cache_info().currsize
             log.query("h", 1, b"l" * 5000, fingerd.FIXED_REPLIES["unknown"],
                       0, 0)
-        self.assertEqual(fingerd.quote_short_line.cache_info().currsize,
-                         before)
+        self.assertEqual(fingerd.quote_line.cache_info().currsize, before)
 
     def test_keeps_the_old_file_when_a_new_one_cannot_be_opened(self):
         def write(log):
             bad = fingerd.types.SimpleNamespace(
                 to=os.path.join(os.sep, "no", "such", "log"), format="text",
-                level="error", prefix="fingerd")
+                level="error", facility="daemon", prefix="fingerd")
             with self.assertRaises(OSError):
                 log.open(bad)
             log.event("info", "still")
@@ -2282,11 +2328,13 @@ class ProcessTest(unittest.TestCase):
                 with open(gate, "r+b", 0) as writer:    # waits for nobody
                     program.process.send_signal(signal.SIGTERM)
                     wait_until(lambda: refused(program.address), "the end")
+                    program.process.send_signal(signal.SIGHUP)  # too late
                     writer.write(b"late but whole\n")
                     self.assertEqual(read_all(slow), b"late but whole\r\n")
                 self.assertEqual(read_all(silent), b"Query timed out\r\n")
                 silent.close()
                 self.assertEqual(program.process.wait(HANG), 0)
+            self.assertNotIn(" reloaded ", "\n".join(program.lines))
 
     def test_many_signals_at_the_end_are_no_trouble(self):
         with daemon() as program:
@@ -2414,50 +2462,56 @@ class ProcessTest(unittest.TestCase):
             program.wait_line("starved", 2)
             stack.close()
 
-    def test_lowers_max_clients_to_what_the_system_allows(self):
-        def limit():
-            resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
-        text = ("[server]\nbackend = users finger\n[finger]\n"
-                "command = /bin/echo\n[limits]\nmax_threads = 2\n" + USERS)
-        with daemon(text, preexec_fn=limit) as program:
-            program.wait_line("limits max_clients=254 descriptors=300"
-                              " configured=10000")
-            self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
-
-    def test_lowers_max_threads_to_what_their_programs_need(self):
-        def limit():
-            resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
-        with daemon("[server]\nbackend = finger\n[finger]\n"
-                    "command = /bin/echo\n", preexec_fn=limit) as program:
-            program.wait_line("limits max_threads=19 descriptors=300"
-                              " configured=64")
-            program.wait_line("limits max_clients=135 descriptors=300")
+    def test_lowers_its_limits_to_what_the_system_allows(self):
+        finger = ("[server]\nbackend = users finger\n[finger]\n"
+                  "command = /bin/echo\n")
+        for text, soft, lines in [
+                (finger + "[limits]\nmax_threads = 2\n", 200,
+                 ["limits max_clients=254 descriptors=300 configured=10000"]),
+                (finger, 300,
+                 ["limits max_threads=19 descriptors=300 configured=64",
+                  "limits max_clients=135 descriptors=300"])]:
+            with self.subTest(text=text), daemon(
+                    text + USERS, preexec_fn=lambda soft=soft:
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, 300))
+                    ) as program:
+                for line in lines:
+                    program.wait_line(line)
+                self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
 
     def test_lowers_max_clients_for_good(self):
-        def limit():
-            resource.setrlimit(resource.RLIMIT_NOFILE, (36, 36))
-        with daemon("[limits]\nmax_threads = 1\n" + USERS,
-                    preexec_fn=limit) as program, \
-                contextlib.ExitStack() as stack:
-            for _ in range(5):
-                stack.enter_context(connect(program.address))
-            program.wait_line("full clients=4 limit=4")
+        for descriptors, clients in ((36, 4), (31, 1)):
+            with daemon("[limits]\nmax_threads = 1\n" + USERS,
+                        preexec_fn=lambda number=descriptors:
+                        resource.setrlimit(resource.RLIMIT_NOFILE,
+                                           (number, number))) as program, \
+                    contextlib.ExitStack() as stack:
+                for _ in range(clients + 1):
+                    stack.enter_context(connect(program.address))
+                program.wait_line(f"full clients={clients} limit={clients}")
 
     def test_passes_over_addresses_that_the_system_lacks(self):
         here, there = [(socket.AF_INET, socket.SOCK_STREAM, 6, "",
                         (host, 0)) for host in ("127.0.0.1", "192.0.2.1")]
         # No name that is everywhere has such addresses.
         with mock.patch("socket.getaddrinfo", return_value=[there, here]):
-            listener, = fingerd.listen_on("name", 0)
-        self.assertEqual(listener.getsockname()[0], "127.0.0.1")
-        listener.close()
+            listener, = fingerd.open_listeners([("name", 0)])
+            port = listener.getsockname()[1]
+            listener.close()
+            # One that is listened on already is left over, too.
+            same, = fingerd.open_listeners([("name", port), ("name", port)])
+        self.assertEqual(same.getsockname(), ("127.0.0.1", port))
+        same.close()
+        with mock.patch("socket.getaddrinfo", return_value=[there]):
+            with self.assertRaisesRegex(fingerd.StartError, "192.0.2.1:0"):
+                fingerd.open_listeners([("name", 0)])
 
     def test_says_why_it_cannot_listen(self):
         with socket.create_server(("127.0.0.1", 0)) as busy, config_file(
                 USERS) as path:
             port = busy.getsockname()[1]
             for address, message in [
-                    ("a..b:79", "that is no name of a host"),
+                    ("a..b:79", "not a host name"),
                     (f"127.0.0.1:{port}", "address already in use; stop the"
                      " program that is there, or use another port"),
                     ("192.0.2.1:0", "cannot assign requested address")]:
@@ -2500,6 +2554,42 @@ class ProcessTest(unittest.TestCase):
                               if event["event"] != "user"],
                              ["ready", "query", "stopped"])
             self.assertEqual(program.lines, [])
+
+    def test_closing_its_terminal_ends_it_unless_it_has_nohup(self):
+        for nohup, chroot in ((False, False), (True, False), (False, True)):
+            if chroot and os.geteuid():
+                self.skipTest("needs root")
+            with self.subTest(nohup=nohup, chroot=chroot), \
+                    config_file(USERS) as path:
+                program = Background(os.path.dirname(path))
+                command = ["nohup"] * nohup + fingerd_command(
+                    "--config", path, "--listen", "127.0.0.1:0", "-l",
+                    program.log_path)
+                if chroot:
+                    command += ["--chroot", program.directory]
+                pid, terminal = pty.fork()
+                if not pid:
+                    os.chdir(program.directory)     # of nohup.out
+                    os.execvp(command[0], command)
+                try:
+                    wait_until(lambda: os.path.exists(program.log_path), "log")
+                    program.wait_log(" ready ")
+                    os.kill(pid, signal.SIGHUP)     # the terminal is there
+                    program.wait_log(" reloaded ")
+                    os.close(terminal)
+                    if nohup:
+                        program.wait_log(" reloaded ", 2)
+                        self.assertEqual(ask(program.address, b"moshez\r\n"),
+                                         HAPPY)
+                        os.kill(pid, signal.SIGTERM)
+                    ends = iter(lambda: os.waitpid(pid, os.WNOHANG), None)
+                    wait_until(lambda: (pid, 0) == next(ends), "its end")
+                    program.wait_log("stopped signal=SIG"
+                                     + ("TERM" if nohup else "HUP"))
+                except BaseException:
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+                    raise
 
     def test_importing_it_does_nothing(self):
         done = subprocess.run(
@@ -2595,6 +2685,9 @@ def background(text=USERS, *args, start=True):
                 os.kill(program.pid, signal.SIGKILL)
 
 
+NOBODY = 65534      # a user that has nothing
+
+
 def needs_root(test):
     """Skip a test of what only root can do."""
     return unittest.skipUnless(os.geteuid() == 0, "needs root")(test)
@@ -2649,16 +2742,19 @@ class BackgroundTest(unittest.TestCase):
         with background(start=False) as program, socket.create_server(
                 ("127.0.0.1", 0)) as busy:
             port = busy.getsockname()[1]
-            missing = os.path.join(program.directory, "no", "such")
+            missing = os.path.join(program.directory, "none")
+            program.write(f"[log]\nsyslog_address = {missing}\n" + USERS)
             for args, status, message in [
                     (["--listen", f"127.0.0.1:{port}"], 1,
                      f"cannot listen on 127.0.0.1:{port}: address already in"
                      " use; stop the program that is there, or use another"
                      " port"),
-                    (["--pidfile", missing], 1, "cannot lock the pidfile: no"
-                     f" such file or directory: {missing}"),
-                    (["--logfile", missing], 1, "cannot open the log: no such"
-                     f" file or directory: {missing}"),
+                    (["--pidfile", f"{missing}/pid"], 1, "cannot lock the"
+                     f" pidfile: no such file or directory: {missing}/pid"),
+                    (["--logfile", f"{program.config}/log"], 1, "cannot open"
+                     f" the log: not a directory: {program.config}/log"),
+                    (["--syslog"], 1, f"cannot reach syslog at {missing}: no"
+                     " such file or directory"),
                     (["--rundir", missing], 1, "cannot enter chroot or"
                      f" rundir: no such file or directory: {missing}"),
                     (["--user", "no-such-user"], 2, '--uid: "no-such-user" is'
@@ -2677,15 +2773,6 @@ class BackgroundTest(unittest.TestCase):
                     self.assertEqual(len(lines), status)
             self.assertEqual(program.run("--status")[0], 3)
 
-    def test_says_that_syslog_is_absent(self):
-        with background(start=False) as program:
-            program.write(f"[log]\nsyslog_address = {program.directory}/x\n")
-            self.assertEqual(
-                program.start("--syslog"),
-                (1, "", "fingerd: cannot reach syslog at"
-                        f" {program.directory}/x: no such file or"
-                        " directory\n"))
-
     def test_warns_that_the_log_on_stderr_is_lost(self):
         with background(start=False) as program:
             status, _, err = program.start(log="stderr")
@@ -2696,11 +2783,18 @@ class BackgroundTest(unittest.TestCase):
 
     def test_only_one_can_run(self):
         with background() as program:
-            self.assertEqual(
-                program.start(),
-                (1, "", f"fingerd: already running, pid {program.pid}"
-                        f" ({program.pidfile} is locked)\n"))
+            host, port = program.address
+            for args in ([], ["--listen", f"{host}:{port}"]):
+                self.assertEqual(
+                    program.start(*args),
+                    (1, "", f"fingerd: already running, pid {program.pid}"
+                            f" ({program.pidfile} is locked)\n"))
             self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+
+    def test_a_start_that_fails_leaves_no_pidfile(self):
+        with background(start=False) as program:
+            self.assertEqual(program.start("--rundir", "/no/such")[0], 1)
+            self.assertFalse(os.path.exists(program.pidfile))
 
     def test_of_several_starts_at_the_same_moment_exactly_one_wins(self):
         with background(start=False) as program:
@@ -2714,20 +2808,56 @@ class BackgroundTest(unittest.TestCase):
         with background() as program:
             first = program.pid
             os.kill(first, signal.SIGKILL)
-            wait_until(lambda: program.run("--status")[0] == 3, "its end")
+            wait_until(lambda: program.run("--status")[0] != 0, "its end")
+            self.assertEqual(program.run("--status"), (
+                1, f"fingerd has died; it was pid {first}\n", ""))
             self.assertEqual(program.start(), (0, "", ""))
             self.assertNotEqual(program.pid, first)
 
     def test_believes_the_lock_and_not_the_number(self):
-        with background(start=False) as program:
-            pathlib.Path(program.pidfile).write_text(f"{os.getpid()}\n")
-            self.assertEqual(program.run("--status"),
-                             (3, "fingerd is not running\n", ""))
-            self.assertEqual(program.run("--stop"),     # and we still live
-                             (0, "fingerd is not running\n", ""))
-            self.assertEqual(program.run("--reload"),
-                             (1, "fingerd is not running\n", ""))
-            self.assertEqual(program.start(), (0, "", ""))
+        with background(start=False) as program, subprocess.Popen(
+                ["sleep", "60"]) as other:
+            try:
+                pathlib.Path(program.pidfile).write_text(f"{other.pid}\n")
+                for command, status in [("--stop", 0), ("--reload", 1)]:
+                    self.assertEqual(program.run(command), (
+                        status, "fingerd is not running\n", ""))
+                self.assertIsNone(other.poll())
+                self.assertEqual(program.start(), (0, "", ""))
+            finally:
+                other.kill()
+
+    def test_status_tells_apart_why_it_does_not_run(self):
+        with tempfile.TemporaryDirectory() as directory:
+            path, other = (os.path.join(directory, name)
+                           for name in ("pid", "other"))
+            pathlib.Path(other).write_text("")
+            no_number = (f"{path} has other text than a process number; name"
+                         " another pidfile")
+            no_file = (f"{path} is not a regular file with one name; name"
+                       " another pidfile")
+            for content, status, said in [
+                    (None, 3, "is not running"), ("", 3, "is not running"),
+                    ("4711\n", 1, "has died; it was pid 4711"),
+                    ("4711", 1, "has died; it was pid 4711"),
+                    ("99999999999\n", 4, no_number),
+                    ("4711 and more", 4, no_number),
+                    ("4711" + "\n" * 30, 4, no_number),
+                    (os.mkfifo, 4, no_file),
+                    (functools.partial(os.link, other), 4, no_file),
+                    (functools.partial(os.symlink, other), 4, "cannot read the"
+                     f" pidfile: too many levels of symbolic links: {path}")]:
+                if isinstance(content, str):
+                    pathlib.Path(path).write_text(content)
+                elif content:
+                    content(path)
+                result = call_fingerd("--pidfile", path, "--status")
+                with self.subTest(content=content):
+                    self.assertEqual(result, (
+                        status, "" if status == 4 else f"fingerd {said}\n",
+                        f"fingerd: {said}\n" if status == 4 else ""))
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
 
     def test_stop_waits_until_it_is_gone(self):
         with background() as program:
@@ -2752,8 +2882,8 @@ class BackgroundTest(unittest.TestCase):
         for command in ("--status", "--stop", "--reload"):
             self.assertEqual(
                 call_fingerd("--config", str(EXAMPLE), command),
-                (2, "", "fingerd: there is no pidfile to know the daemon by;"
-                        " set pidfile in [daemon], or give --pidfile\n"))
+                (2, "", "fingerd: no pidfile is configured; set pidfile in"
+                        " [daemon], or give --pidfile\n"))
 
     def test_a_number_that_a_crash_has_left_is_not_believed(self):
         with tempfile.TemporaryDirectory() as directory:
@@ -2762,26 +2892,45 @@ class BackgroundTest(unittest.TestCase):
             pidfile = fingerd.Pidfile(path)     # locked, not written yet
             self.assertEqual(pathlib.Path(path).read_text(), "")
             pidfile.write()
-            self.assertEqual(fingerd.running_pid(path), os.getpid())
+            self.assertEqual(
+                run_fingerd("--pidfile", path, "--status"),
+                (0, f"fingerd is running, pid {os.getpid()}\n", ""))
             pidfile.remove()
             self.assertEqual(os.listdir(directory), [])
 
+    def test_makes_a_pidfile_again_that_another_has_just_removed(self):
+        with tempfile.TemporaryDirectory() as directory:
+            path = os.path.join(directory, "pid")
+            ends, flock = iter([path]), fcntl.flock
+
+            def lock(fd, operation):
+                for name in ends:
+                    os.unlink(name)
+                flock(fd, operation)
+
+            with mock.patch("fcntl.flock", lock):
+                pidfile = fingerd.Pidfile(path)
+            self.assertEqual(os.listdir(directory), ["pid"])
+            pidfile.remove()
+
     def test_spoils_nothing_that_is_no_pidfile(self):
         with background(start=False) as program:
-            fifo = os.path.join(program.directory, "fifo")
-            os.mkfifo(fifo, 0o666)
+            fifo, link = (os.path.join(program.directory, name)
+                          for name in ("fifo", "link"))
+            os.mkfifo(fifo)
+            os.symlink(program.config, link)
             for path, message in [
-                    (fifo, f"{fifo} is no regular file; name another"
-                           " pidfile"),
-                    (program.config, f"{program.config} has other text than"
-                                     " a process number; name another"
-                                     " pidfile")]:
-                mode = os.stat(path).st_mode
-                result = (1, "", f"fingerd: {message}\n")
-                self.assertEqual(program.start("--pidfile", path), result)
-                self.assertEqual(program.run("--status", "--pidfile", path),
-                                 result)
-                self.assertEqual(os.stat(path).st_mode, mode)
+                    (fifo, "is not a regular file with one name; name"),
+                    (program.config, "has other text than a process number;"),
+                    (link, "pidfile: too many levels of symbolic links")]:
+                before = os.lstat(path)
+                for status, result in [
+                        (1, program.start("--pidfile", path)),
+                        (4, program.run("--status", "--pidfile", path)),
+                        (1, program.run("--stop", "--pidfile", path))]:
+                    self.assertEqual(result[:2], (status, ""))
+                    self.assertIn(message, result[2])
+                self.assertEqual(os.lstat(path)[:7], before[:7])
             self.assertEqual(pathlib.Path(program.config).read_text(), USERS)
 
     def test_signals_at_the_start_are_acted_on_when_it_serves(self):
@@ -2805,17 +2954,16 @@ class BackgroundTest(unittest.TestCase):
         with background() as program:
             program.write("[nonsense]\n")
             self.assertEqual(program.run("--status")[0], 0)
-            self.assertEqual(program.run("--reload")[0], 2)
             self.assertEqual(program.run("--stop"), (0, "", ""))
 
-    def test_will_not_follow_a_link_for_a_pidfile(self):
-        with background(start=False) as program:
-            victim = os.path.join(program.directory, "victim")
-            pathlib.Path(victim).write_text("precious")
-            os.symlink(victim, program.pidfile)
-            self.assertEqual(program.start()[0], 1)
-            self.assertEqual(pathlib.Path(victim).read_text(), "precious")
-            os.unlink(program.pidfile)
+    def test_stops_by_the_pidfile_of_a_config_with_other_errors(self):
+        with background() as program:
+            config = ["--config", program.config]
+            program.write("[daemon]\npidfile = /x\x01y\n")
+            self.assertEqual(call_fingerd(*config, "--stop")[0], 2)
+            program.write(f"[daemon]\npidfile = {program.pidfile}\n[x]\n")
+            self.assertEqual(call_fingerd(*config, "--status")[0], 0)
+            self.assertEqual(call_fingerd(*config, "--stop"), (0, "", ""))
 
 
 class ReloadTest(unittest.TestCase):
@@ -2895,32 +3043,35 @@ class ReloadTest(unittest.TestCase):
             self.assertEqual(len([line for line in program.log()
                                   if " query " in line]), sum(asked))
 
-    def test_a_config_that_is_long_in_coming_holds_nobody_up(self):
-        other = "[users]\nmoshez = Other words\n"
+    def test_a_config_that_is_a_pipe_keeps_the_old_and_holds_nobody_up(self):
         with background() as program:
             address = program.address
             os.unlink(program.config)
-            os.mkfifo(program.config)
-            os.chmod(program.config, 0o644)
+            os.mkfifo(program.config, 0o644)
             program.rotate()
             os.kill(program.pid, signal.SIGHUP)
-            with open(program.config, "wb", 0) as writer:   # it is reading
-                self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
-                program.wait_log("outcome=answered")    # in the new file
-                for _ in range(3):      # one of them is enough
-                    os.kill(program.pid, signal.SIGHUP)
-                self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
-                writer.write(b"nonsense")
-            program.wait_log("reload-failed")
-            program.write(other)        # waits until it reads again
-            program.wait_log(" reloaded ")
-            self.assertEqual(ask(address, b"moshez\r\n"),
-                             b"Other words\r\n")
-            os.kill(program.pid, signal.SIGHUP)
-            with open(program.config, "wb", 0):     # --stop needs the file
-                os.unlink(program.config)
-                program.write(other)
-                self.assertEqual(program.run("--stop"), (0, "", ""))
+            program.wait_log('reload-failed reason="?.*fingerd.conf is not a'
+                             ' regular file"')      # in the new log
+            self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
+            os.unlink(program.config)
+            program.write(USERS)
+
+    def test_reload_signals_even_when_it_finds_errors_itself(self):
+        with background() as program:
+            program.write("[daemon]\npidfile = "
+                          f"{program.pidfile}\n[nonsense]\n" + USERS)
+            for args in (["--pidfile", program.pidfile], []):
+                program.rotate()
+                status, out, err = call_fingerd(
+                    "--config", program.config, *args, "--reload")
+                self.assertEqual((status, out), (1, ""))
+                self.assertIn(":3: [nonsense]: no such section", err)
+                program.wait_log("reload-failed .*nonsense")
+            program.write("[nonsense]\n")      # no pidfile is known
+            status, _, err = call_fingerd("--config", program.config,
+                                          "--reload")
+            self.assertEqual((status, "[nonsense]" in err), (2, True))
+            program.write(USERS)
 
     @needs_proc
     def test_leaves_no_program_behind_that_had_more_time_once(self):
@@ -2937,25 +3088,76 @@ class ReloadTest(unittest.TestCase):
             self.assertEqual(program.run("--stop"), (0, "", ""))
             wait_until(lambda: not processes_with(mark), "its end")
 
-    def test_reloads_without_a_thread_when_there_is_none(self):
-        def limit():
-            resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
-        with daemon(preexec_fn=limit) as program:
-            address = program.address
-            program.process.send_signal(signal.SIGHUP)
-            program.wait_line(" reloaded |cannot read the config: permission")
-            self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
+    @needs_root
+    def test_warns_that_a_reload_cannot_read_the_config(self):
+        nobody = pwd.getpwnam("nobody")
+        uid, gid = nobody.pw_uid, nobody.pw_gid
+        as_root = ["--user", "root"]
+        with background(start=False) as program:
+            path, folder = program.config, program.directory
+            cannot = f"fingerd: a reload cannot read {path}: "
+            closed = "uid %d may not open %s; change its mode\n"
+            for owner, group, mode, folder_mode, args, why in [
+                    (0, 0, 0o644, 0o711, [], ""),
+                    (uid, 0, 0o400, 0o711, [], ""),
+                    (uid, 0, 0o400, 0o700, as_root, ""),
+                    (0, gid, 0o640, 0o711, [], ""),
+                    (0, gid, 0o604, 0o711, [], closed % (uid, path)),
+                    (0, 0, 0o600, 0o711, [], closed % (uid, path)),
+                    (0, 0, 0o644, 0o744, [], closed % (uid, folder)),
+                    (0, 0, 0o644, 0o755, ["--chroot", folder], ""),
+                    (0, 0, 0o644, 0o755, ["--chroot", "/usr"],
+                     "it is outside the chroot /usr; move it there\n")]:
+                os.chown(path, owner, group)
+                os.chmod(path, mode)
+                os.chmod(folder, folder_mode)
+                with self.subTest(mode=mode, folder=folder_mode, args=args):
+                    self.assertEqual(
+                        program.run("--check", *args),
+                        (0, f"{path} is good\n", why and cannot + why))
+
+    @needs_root
+    @needs_proc
+    def test_a_reload_that_cannot_read_the_config_has_a_status(self):
+        with background(start=False) as program:
+            os.chmod(program.config, 0o600)
+            warning = program.run("--check")[2]
+            self.assertEqual(program.start(), (0, "", warning))
+            self.assertEqual(program.run("--reload"), (1, "", warning))
+            program.wait_log("reload-failed")
+
+    @needs_root
+    @needs_proc
+    def test_reload_goes_by_the_user_that_the_daemon_has_become(self):
+        with background(start=False) as program:
+            os.chmod(program.config, 0o600)
+            self.assertEqual(program.start("--user", "root"), (0, "", ""))
+            self.assertEqual(program.run("--reload"), (0, "", ""))
+            program.wait_log(" reloaded ")
 
     @needs_proc
     def test_keeps_nothing_of_the_configs_it_had(self):
-        # Of a web backend its certificates, for it is a cycle (urllib).
-        with background("[server]\nbackend = web\n[web]\n"
-                        "prefix = https://127.0.0.1:1/\n") as program:
+        # But for cycles: the collector may let many of them come together.
+        collecting = ("import fingerd, gc, sys, threading, time\n"
+                      "def collect():\n"
+                      "    while True: gc.collect(), time.sleep(0.01)\n"
+                      "threading.Thread(target=collect, daemon=True).start()\n"
+                      "sys.exit(fingerd.main())\n")
+        with config_file("[server]\nbackend = web\n[web]\n"
+                         "prefix = https://127.0.0.1:1/\n") as path, \
+                subprocess.Popen(
+                    [sys.executable, "-c", collecting, "--config", path,
+                     "--listen", "127.0.0.1:0"], cwd=HERE, text=True,
+                    stderr=subprocess.PIPE) as process:
+            program = Daemon(process)
+            program.wait_line(" ready ")
             used = []
             for number in range(35):
-                os.kill(program.pid, signal.SIGHUP)
-                program.wait_log(" reloaded ", number + 1)
+                process.send_signal(signal.SIGHUP)
+                program.wait_line(" reloaded ", number + 1)
                 used.append(status_of(program.pid, "VmRSS"))
+            self.assertEqual(program.stop(), 0)
+            program.reader.join(HANG)
             self.assertLess(used[-1] - used[9], 2048)
 
     def test_clients_that_are_here_get_the_new_limits(self):
@@ -2980,14 +3182,6 @@ class ReloadTest(unittest.TestCase):
             line = program.wait_log("counters")
             self.assertEqual(program.log(), [line])     # no hole before it
             self.assertRegex(line, r"^\d{4}-\S+ counters ")
-
-    def test_reopens_the_log_even_when_the_config_is_bad(self):
-        with background() as program:
-            program.rotate()
-            program.write("[nonsense]\n")
-            os.kill(program.pid, signal.SIGHUP)
-            program.wait_log("reload-failed")
-            program.write(USERS)
 
     def test_keeps_the_log_when_a_new_one_cannot_be_had(self):
         with background() as program:
@@ -3067,13 +3261,59 @@ class SyslogTest(unittest.TestCase):
         with background(start=False) as program, \
                 tempfile.TemporaryDirectory() as outside:
             path = os.path.join(outside, "socket")
-            program.write(f"[log]\nsyslog_address = {path}\n" + USERS)
-            os.chmod(program.config, 0o644)
+            text = f"[log]\nsyslog_address = {path}\n"
+            program.write(text + USERS)
             with self.syslog(path) as sock:
                 self.assertEqual(program.start(
                     "--chroot", program.directory, log="syslog"), (0, "", ""))
                 os.kill(program.pid, signal.SIGHUP)
                 self.receive(sock, r"<29>fingerd\[\d+\]: reloaded .*")
+                program.write(text + "facility = mail\nprefix = x\n" + USERS)
+                os.kill(program.pid, signal.SIGHUP)
+                self.receive(sock, r"<21>x\[\d+\]: reloaded .*")
+
+    def test_a_reload_looks_no_syslog_up(self):
+        with background(start=False) as program:
+            path = os.path.join(program.directory, "socket")
+            text = f"[log]\nto = {program.log_path}\n"
+            program.write(text + USERS)
+            pid, out, err = run_fingerd(    # the command line would override
+                "--config", program.config, "--pidfile", program.pidfile,
+                "--daemon", "--listen", "127.0.0.1:0")
+            self.assertEqual((pid, out, err), (0, "", ""))
+            program.write("[log]\nto = syslog\n"
+                          "syslog_address = host.invalid:514\n" + USERS)
+            os.kill(program.pid, signal.SIGHUP)
+            for name in ("to", "syslog_address"):
+                program.wait_log(f"not-reloaded setting={name} reason")
+            program.wait_log(" reloaded ")
+            program.write(text + USERS)
+            os.kill(program.pid, signal.SIGHUP)
+            program.wait_log(" reloaded ", 2)
+            self.assertEqual(len([line for line in program.log()
+                                  if "not-reloaded" in line]), 2)
+            self.assertFalse(os.path.exists(path))
+
+    def test_a_fault_under_inetd_is_sent_there(self):
+        with tempfile.TemporaryDirectory() as directory:
+            path = os.path.join(directory, "socket")
+            settings = [row._replace(default=path)
+                        if row.name == "syslog_address" else row
+                        for row in fingerd.SETTINGS]
+            log = fingerd.Log()
+            self.addCleanup(log.close)
+            with self.syslog(path) as sock, mock.patch.object(
+                    fingerd, "SETTINGS", settings):
+                ours, client = socket.socketpair()
+                with client:
+                    client.sendall(b"moshez\r\n")
+                    client.shutdown(socket.SHUT_WR)
+                    fingerd.refuse_for_inetd(ours, log, fingerd.ConfigError(
+                        "fingerd.conf:1: [x]\n1 error"))
+                    self.assertEqual(read_all(client), FAILED)
+                for line in ("fingerd.conf:1: [x]", "1 error"):
+                    self.receive(sock, rf"<27>fingerd\[{os.getpid()}\]:"
+                                 rf' not-started reason="{re.escape(line)}"')
 
     def test_writes_to_a_host_over_udp(self):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -3185,7 +3425,8 @@ class PrivilegesTest(unittest.TestCase):
                         f" ip4.localhost:1 localhost.:{hop.address[1]}\n[web]"
                         f"\nprefix = http://localhost:{origin.port}/~\n"
                         + USERS)
-                with background(text, "--chroot", empty) as program:
+                with background(text, start=False) as program:
+                    self.assertEqual(program.start("--chroot", empty)[0], 0)
                     address = program.address
                     for line, reply in [
                             (b"moshez", HAPPY),
@@ -3211,7 +3452,8 @@ class PrivilegesTest(unittest.TestCase):
                 socket.getaddrinfo(name, 79)
             os.chmod(empty, 0o755)
             text = f"[server]\nforward = 127.1:{hop.address[1]}\n" + USERS
-            with background(text, "--chroot", empty) as program:
+            with background(text, start=False) as program:
+                self.assertEqual(program.start("--chroot", empty)[0], 0)
                 self.assertEqual(ask(program.address, b"moshez@127.1\r\n"),
                                  HAPPY)
 
@@ -3231,14 +3473,17 @@ class PrivilegesTest(unittest.TestCase):
 
     @needs_root
     def test_a_program_that_is_not_in_the_chroot_is_a_config_error(self):
-        with background(start=False) as program:
-            program.write("[server]\nbackend = finger\n[finger]\n"
-                          f"command = {sys.executable} {{user}}\n")
-            with tempfile.TemporaryDirectory() as empty:
-                status, out, err = program.start("--chroot", empty)
-            self.assertEqual((status, out), (2, ""))
-            self.assertIn(f':4: command: "{sys.executable}" is not inside the'
-                          f" chroot {empty}; put it there", err)
+        with background(start=False) as program, \
+                tempfile.TemporaryDirectory() as chroot:
+            os.mkdir(os.path.join(chroot, "bin"))
+            os.symlink("/bin/echo", os.path.join(chroot, "bin", "echo"))
+            for command in (sys.executable, "/bin/echo"):   # a link leads out
+                program.write("[server]\nbackend = finger\n[finger]\n"
+                              f"command = {command} {{user}}\n")
+                status, out, err = program.start("--chroot", chroot)
+                self.assertEqual((status, out), (2, ""))
+                self.assertIn(f':4: command: "{command}" is not inside the'
+                              f" chroot {chroot}; put it there", err)
 
     @needs_root
     @needs_proc
@@ -3259,25 +3504,184 @@ class PrivilegesTest(unittest.TestCase):
                         " root; name it with --config if you trust it\n"))
 
     @needs_root
-    def test_a_link_out_of_the_chroot_is_no_program_inside(self):
-        with background(start=False) as program:
-            program.write("[server]\nbackend = finger\n[finger]\n"
-                          "command = /bin/echo {user}\n")
-            with tempfile.TemporaryDirectory() as chroot:
-                os.mkdir(os.path.join(chroot, "bin"))
-                os.symlink("/bin/echo", os.path.join(chroot, "bin", "echo"))
-                status, _, err = program.start("--chroot", chroot)
-            self.assertEqual(status, 2)
-            self.assertIn("is not inside the chroot", err)
-
-    @needs_root
     def test_a_chroot_that_is_missing_is_said_on_the_terminal(self):
         with background(start=False) as program:
             missing = program.directory + "/none"
-            self.assertEqual(
-                program.start("--chroot", missing),
-                (1, "", "fingerd: cannot enter chroot or rundir: no such file"
-                        f" or directory: {missing}\n"))
+            status, _, err = program.start("--chroot", missing)
+            self.assertEqual((status, err.splitlines()[-1]), (
+                1, "fingerd: cannot enter chroot or rundir: no such file or"
+                   f" directory: {missing}"))
+
+    @contextlib.contextmanager
+    def forger(self, path, text):
+        """Have nobody write a pidfile and lock it; give the process."""
+        code = ("import fcntl, os, sys\n"
+                f"os.setgid({NOBODY}), os.setuid({NOBODY})\n"
+                f"fd = os.open({path!r}, os.O_RDWR | os.O_CREAT, 0o666)\n"
+                f"os.write(fd, {text!r}.replace(b'PID', b'%d' % os.getpid()))"
+                "\nfcntl.flock(fd, fcntl.LOCK_EX)\n"
+                "fcntl.lockf(fd, fcntl.LOCK_EX)\n"
+                "print(flush=True)\nsys.stdin.read()\n")
+        with subprocess.Popen([sys.executable, "-c", code],
+                              stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE) as process:
+            try:
+                self.assertEqual(process.stdout.readline(), b"\n")
+                yield process
+            finally:
+                process.kill()
+
+    @needs_root
+    @needs_proc
+    def test_root_signals_nobody_by_a_forged_pidfile(self):
+        with background() as program, tempfile.TemporaryDirectory() as folder:
+            os.chmod(folder, 0o1777)
+            victim = program.pid
+            path = os.path.join(folder, "pid")
+            config = ["--config", program.config, "--pidfile", path]
+            with self.forger(path, b"%d\n" % victim) as process:
+                for command, status in [("--stop", 1), ("--reload", 1),
+                                        ("--status", 4)]:
+                    self.assertEqual(call_fingerd(*config, command), (
+                        status, "", f"fingerd: {path} names pid {victim}, but"
+                        f" is locked by pid {process.pid}; not believed\n"))
+                self.assertEqual(program.start("--pidfile", path), (
+                    1, "", f"fingerd: {path} belongs to another user; remove"
+                           " it, or name another pidfile\n"))
+            os.unlink(path)
+            for make in (os.symlink, os.link):      # to a pidfile of others
+                make(program.pidfile, path)
+                for command in ("--stop", "--reload"):
+                    self.assertEqual(call_fingerd(*config, command)[0], 1)
+                os.unlink(path)
+            self.assertEqual(program.pid, victim)
+            os.kill(victim, 0)
+            # One that the locking process does not own, nor root.
+            os.chown(program.pidfile, 54321, -1)
+            for command in ("--stop", "--reload"):
+                self.assertEqual(program.run(command), (
+                    1, "", f"fingerd: {program.pidfile} does not belong to the"
+                    f" user of pid {victim}, which has locked it; not believed"
+                    "\n"))
+            self.assertEqual(program.run("--status")[0], 4)
+            os.chown(program.pidfile, 0, -1)
+            # Only itself can a process have signalled so.
+            with self.forger(path, b"PID\n") as process:
+                self.assertEqual(call_fingerd(*config, "--stop")[0], 0)
+                self.assertEqual(process.wait(HANG), -signal.SIGTERM)
+            self.assertNotIn("reloaded", "\n".join(program.log()))
+
+    @needs_root
+    def test_who_may_not_open_the_pidfile_cannot_tell(self):
+        with background() as program:
+            os.seteuid(NOBODY)
+            try:
+                self.assertEqual(program.run("--status"), (
+                    4, "", "fingerd: cannot read the pidfile: permission"
+                           f" denied: {program.pidfile}\n"))
+            finally:
+                os.seteuid(0)
+
+    @needs_root
+    @needs("unshare")
+    def test_a_process_of_another_namespace_is_not_believed(self):
+        with background() as program:
+            done = subprocess.run(
+                ["unshare", "--pid", "--fork", *fingerd_command(
+                    "--config", program.config, "--pidfile", program.pidfile,
+                    "--stop")], text=True, capture_output=True, timeout=HANG)
+            if "unshare failed" in done.stderr:
+                self.skipTest(done.stderr)
+            self.assertEqual((done.returncode, done.stderr), (
+                1, f"fingerd: cannot tell who has locked {program.pidfile}: a"
+                   " process of another namespace\n"))
+
+    @needs_root
+    def test_root_writes_no_log_where_another_user_wants_it(self):
+        with background(start=False) as program, \
+                tempfile.TemporaryDirectory() as sticky:
+            ours, log, theirs = (os.path.join(folder, name) for folder, name in
+                                 [(program.directory, "ours"), (sticky, "log"),
+                                  (sticky, "theirs")])
+            os.mkdir(ours)
+            pathlib.Path(ours, "file").write_text("precious")
+            os.chmod(sticky, 0o1777)
+            os.makedirs(theirs + "/log")
+
+            def their_directory(owner, mode):
+                os.chown(theirs, owner, -1)
+                os.chmod(theirs, mode)
+
+            def make_pipe():
+                os.mkfifo(log)
+                self.addCleanup(os.close, os.open(log, os.O_RDWR))
+
+            def make_socket():
+                with socket.socket(socket.AF_UNIX) as sock:
+                    sock.bind(log)
+
+            file, inner = ours + "/file", theirs + "/log/log"
+            unsafe = f"{log} is a link, a device or another user's; name "
+            attacks: list[Any] = [
+                ("symlink", log, unsafe, os.symlink, file, log),
+                ("broken", log, unsafe, os.symlink, ours + "/new", log),
+                ("hard link", log, unsafe, os.link, file, log),
+                ("file", log, unsafe, shutil.copy, file, log),
+                ("pipe", log, unsafe, make_pipe),
+                ("socket", log, "no such device or address", make_socket),
+                ("device", "/dev/ptmx", "or write to = stderr", list),
+                ("stdout", "/dev/stdout", "or write to = stderr", list),
+                ("symlink above", log + "/file",
+                 f"others can change {log};", os.symlink, ours, log),
+                ("symlink far above", log + "/ours/file",
+                 f"others can change {log};", os.symlink,
+                 program.directory, log),
+                ("owner above", inner, f"others can change {theirs};",
+                 their_directory, NOBODY, 0o755),
+                ("mode above", inner, f"others can change {theirs};",
+                 their_directory, 0, 0o777)]
+            for what, path, message, make, *args in attacks:
+                make(*args)
+                if os.path.lexists(log) and what != "hard link":
+                    os.chown(log, NOBODY, -1, follow_symlinks=False)
+                with self.subTest(what=what):
+                    status, _, err = program.start("--user", "daemon",
+                                                   log=path)
+                    self.assertEqual(status, 1)
+                    self.assertIn("fingerd: cannot open the log: ", err)
+                    self.assertIn(message, err)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(log)
+            self.assertEqual(os.listdir(ours), ["file"])
+            self.assertEqual(pathlib.Path(ours, "file").read_text(),
+                             "precious")
+
+    @needs_root
+    def test_root_writes_its_log_to_what_is_its_own_or_the_users(self):
+        with background(start=False) as program, \
+                tempfile.TemporaryDirectory() as folder:
+            log = program.log_path = os.path.join(folder, "log")
+            for owner in (0, NOBODY):
+                for mode, uid in [(0o1777, 0), (0o755, 0), (0o777, NOBODY),
+                                  (0o755, 54321)]:
+                    os.chown(folder, uid, -1)
+                    os.chmod(folder, mode)
+                    pathlib.Path(log).write_text("")
+                    os.chown(log, owner, -1)
+                    with self.subTest(owner=owner, folder=(uid, mode)):
+                        self.assertEqual(program.start(), (0, "", ""))
+                        os.kill(program.pid, signal.SIGHUP)
+                        program.wait_log("reloaded" if owner else "-failed")
+                        self.assertEqual(program.run("--stop")[0], 0)
+            self.assertEqual(program.start(log=os.devnull), (0, "", ""))
+            program.run("--stop")
+            os.unlink(log)
+            os.mkfifo(log)
+            os.chown(log, NOBODY, -1)
+            reader = os.open(log, os.O_RDWR)
+            self.addCleanup(os.close, reader)
+            self.assertEqual(program.start(), (0, "", ""))
+            self.assertIn(b" ready ", os.read(reader, 4096))
 
 
 class ServiceManagerTest(unittest.TestCase):
@@ -3346,64 +3750,94 @@ class ServiceManagerTest(unittest.TestCase):
                 program.reader.join(HANG)
 
     def test_refuses_a_passed_descriptor_that_is_no_listening_socket(self):
-        for what, message in [
-                ("3</dev/null", "LISTEN_FDS: descriptor 3 is no socket:"
-                                " socket operation on non-socket")]:
-            command = " ".join(map(shlex.quote, fingerd_command(
-                "--config", str(EXAMPLE))))
-            done = subprocess.run(
-                f"LISTEN_PID=$$ LISTEN_FDS=1 exec {command} {what}",
-                shell=True, capture_output=True, text=True, timeout=HANG)
-            self.assertEqual((done.returncode, done.stderr),
-                             (1, f"fingerd: {message}\n"))
+        command = " ".join(map(shlex.quote, fingerd_command(
+            "--config", str(EXAMPLE))))
+        with socket.socket() as sock:
+            for what, message in [
+                    ("/dev/null", "a socket: socket operation on non-socket"),
+                    (f"&{sock.fileno()}", "a listening TCP socket; write"
+                                          " ListenStream=79")]:
+                done = subprocess.run(
+                    f"LISTEN_PID=$$ LISTEN_FDS=1 exec {command} 3<{what}",
+                    shell=True, capture_output=True, text=True, timeout=HANG,
+                    pass_fds=[sock.fileno()])
+                self.assertEqual(
+                    (done.returncode, done.stderr),
+                    (1, f"fingerd: LISTEN_FDS: descriptor 3 is not {message}"
+                        "\n"))
 
-    def run_inetd(self, text, send, *args):
-        """Serve a connection as inetd would; give the reply and status."""
+    @contextlib.contextmanager
+    def inetd(self, text, *args):
+        """Give a client, and what serves it as inetd would: its status."""
         with config_file(text) as path, socket.create_server(
-                ("127.0.0.1", 0)) as listener:
-            os.chmod(os.path.dirname(path), 0o755)
-            with connect(listener.getsockname()) as client:
-                served, _ = listener.accept()
+                ("127.0.0.1", 0)) as listener, connect(
+                listener.getsockname()) as client:
+            served, _ = listener.accept()
+
+            def serve():
                 with served:
-                    process = subprocess.Popen(
+                    fd = served.fileno()
+                    return subprocess.call(
                         fingerd_command("--config", path, "--inetd", *args),
-                        stdin=served.fileno(), stdout=served.fileno(),
-                        stderr=served.fileno())
-                try:
-                    client.sendall(send)
-                    reply = read_all(client)
-                    client.close()
-                    return reply, process.wait(HANG)
-                finally:
-                    process.kill()
-                    process.wait()
+                        stdin=fd, stdout=fd, stderr=fd, timeout=HANG)
+            yield client, serve
+
+    def ask_inetd(self, text, send, *args):
+        """Ask what inetd has started; give the reply and the status."""
+        with self.inetd(text, *args) as (client, serve):
+            client.sendall(send)
+            client.shutdown(socket.SHUT_WR)
+            status = serve()
+            return read_all(client), status
 
     def test_serves_one_connection_for_inetd(self):
-        self.assertEqual(self.run_inetd(USERS, b"moshez\r\n"), (HAPPY, 0))
-        self.assertEqual(self.run_inetd(
-            "[limits]\ntimeout = 0.1\n" + USERS, b"mos"),
-            (b"Query timed out\r\n", 0))
+        for text, reply in [
+                ("", HAPPY),
+                ("[server]\nbackend = finger\n[finger]\n"
+                 "command = /bin/echo for {user}\n", b"for moshez\r\n"),
+                ("[log]\nto = syslog\nsyslog_address = /no/such\n", HAPPY)]:
+            with self.subTest(text=text):
+                self.assertEqual(
+                    self.ask_inetd(text + USERS, b"moshez\r\n"), (reply, 0))
 
-    def test_runs_backends_for_inetd(self):
-        text = ("[server]\nbackend = finger\n[finger]\n"
-                "command = /bin/echo for {user}\n")
-        self.assertEqual(self.run_inetd(text, b"moshez\r\n"),
-                         (b"for moshez\r\n", 0))
+    def test_a_client_of_inetd_has_its_time(self):
+        with self.inetd("[limits]\ntimeout = 0.1\n" + USERS) as (
+                client, serve):
+            client.sendall(b"mos")
+            self.assertEqual(serve(), 0)
+            self.assertEqual(read_all(client), b"Query timed out\r\n")
 
-    def test_a_bad_config_is_not_told_to_the_client_of_inetd(self):
-        self.assertEqual(self.run_inetd("[nonsense]\n", b"moshez\r\n"),
-                         (FAILED, 2))
+    def test_a_fault_is_not_told_to_the_client_of_inetd(self):
+        for text, status, *args in [
+                ("[nonsense]\n", 2), (USERS, 1, "--rundir", "/no/such"),
+                (USERS, 1, "--logfile", "/no/such/log")]:
+            with self.subTest(args=args):
+                self.assertEqual(
+                    self.ask_inetd(text, b"moshez\r\n", *args),
+                    (FAILED, status))
 
-    def test_a_start_that_fails_under_inetd_is_not_told_to_the_client(self):
-        self.assertEqual(
-            self.run_inetd(USERS, b"moshez\r\n", "--rundir", "/no/such"),
-            (FAILED, 1))
+    def test_a_client_of_inetd_that_has_left_before_the_start_is_gone(self):
+        with tempfile.TemporaryDirectory() as directory:
+            log = os.path.join(directory, "log")
+            with self.inetd(USERS, "--logfile", log) as (client, serve):
+                reset(client)
+                client.close()
+                self.assertEqual(serve(), 0)
+            self.assertIn('query client=unknown port=0 q="" outcome=gone',
+                          pathlib.Path(log).read_text())
 
     def test_says_that_inetd_is_missing(self):
-        status, out, err = run_fingerd("--inetd", "--config", str(EXAMPLE))
-        self.assertEqual((status, out), (1, ""))
-        self.assertRegex(err, "^fingerd: --inetd: standard input is no"
-                              " connection: .*; have inetd start it\n$")
+        with socket.create_server(("127.0.0.1", 0)) as listener, \
+                socket.socket(socket.AF_UNIX) as other:
+            for stdin in (subprocess.DEVNULL, listener.fileno(),
+                          other.fileno()):
+                done = subprocess.run(
+                    fingerd_command("--inetd", "--config", str(EXAMPLE)),
+                    stdin=stdin, capture_output=True, text=True, timeout=HANG)
+                self.assertEqual((done.returncode, done.stdout), (1, ""))
+                self.assertRegex(
+                    done.stderr, "^fingerd: --inetd: standard input is not a"
+                    " connection: .*; have inetd start it\n$")
 
     @needs_root
     def test_serves_for_a_real_inetd(self):
