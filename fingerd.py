@@ -25,13 +25,13 @@ Sections, from the protocol outward to the operating system:
 
 from __future__ import annotations
 
+import argparse
 import collections
 import contextlib
 import errno
 import fcntl
 import functools
 import gc
-import getopt
 import grp
 import io
 import math
@@ -50,7 +50,15 @@ import textwrap
 import threading
 import time
 import types
-from typing import Any, Callable, Container, Dict, Iterable, NamedTuple
+from typing import (
+    Any,
+    Callable,
+    Container,
+    Dict,
+    Iterable,
+    NamedTuple,
+    NoReturn,
+)
 
 __version__ = "1.0"
 
@@ -2687,103 +2695,94 @@ class Daemon:
 # ---- Command line ---------------------------------------------------------
 
 BUNDLE_MAIN = "import fingerd, sys\nsys.exit(fingerd.main())\n"
-COMMANDS = {
-    "check": "check the config: status 0 if good, 2 if not",
-    "status": "tell whether the pidfile's daemon runs: 0 yes, 3 no",
-    "stop": "stop it, and wait until it has ended",
-    "reload": "have it take up its config anew",
-    "inetd": "serve the one connection on standard input",
-    "version": "print the version, and end",
-    "help": "print this and all settings, and end",
-}
+
+# Options with a value: flags, attribute, what the value is called, help.
+OPTIONS = (
+    (("--config",), "config", "FILE", "config; " + " or ".join(CONFIG_FILES)),
+    *((row.flags, row.name, "VALUE", row.help)
+      for row in SETTINGS if row.flags),
+    (("--query",), "query", "LINE", "print what a client would get"),
+    (("--from",), "address", "ADDRESS", "for --query: the client's address"),
+    (("--bundle",), "bundle", "FILE", "write one file with every backend"),
+)
+# Options without a value: flags, attribute, what it is set to, help.
+SWITCHES = (
+    (("-d", "--daemon"), "daemonize", "yes", "daemonize = yes"),
+    (("-n", "--nodaemon"), "daemonize", "no", "daemonize = no"),
+    (("--syslog",), "to", "syslog", "to = syslog"),
+    (("--check",), "check", True, "check the config: status 0 good, 2 bad"),
+    (("--status",), "status", True,
+     "report on the daemon: status 0 runs, 1 dead, 3 does not run, 4 unknown"),
+    (("--stop",), "stop", True, "stop the daemon, and wait until it ends"),
+    (("--reload",), "reload", True, "have the daemon reload its config"),
+    (("--inetd",), "inetd", True, "serve the connection on standard input"),
+    (("--version",), "version", True, "print the version"),
+    (("--help",), "help", True, "print this, and all settings"),
+)
 
 
-class Option(NamedTuple):
-    """One option of the command line."""
+class Parser(argparse.ArgumentParser):
+    """Raises its errors, which argparse would print, as ConfigError."""
 
-    flags: tuple[str, ...]
-    name: str           # of what it sets
-    argument: str       # what must follow it; "" for nothing
-    value: Any          # that it sets when nothing follows
-    help: str
+    def error(self, message: str) -> NoReturn:
+        text = re.sub("^argument ", "", message)
+        raise ConfigError(f"{text}; see --help")
 
 
-def make_options() -> list[Option]:
-    """List the options; those that override a setting come from SETTINGS."""
-    return [
-        Option(("--config",), "config", "FILE", None,
-               f"the config; else {' or '.join(CONFIG_FILES)}"),
-        *(Option(row.flags, row.name, "VALUE", None, row.help)
-          for row in SETTINGS if row.flags),
-        Option(("-d", "--daemon"), "daemonize", "", "yes", "daemonize = yes"),
-        Option(("-n", "--nodaemon"), "daemonize", "", "no", "daemonize = no"),
-        Option(("--syslog",), "to", "", "syslog", "to = syslog"),
-        *(Option(("--" + name,), name, "", True, does)
-          for name, does in COMMANDS.items()),
-        Option(("--query",), "query", "LINE", None,
-               "print what a client would get, and end"),
-        Option(("--from",), "client", "ADDRESS", None,
-               "for --query: the client's address"),
-        Option(("--bundle",), "bundle", "FILE", None,
-               "write one program that has every backend"),
-    ]
+def make_parser() -> Parser:
+    parser = Parser(
+        usage="fingerd.py [OPTION]...", add_help=False, allow_abbrev=False,
+        description="Answer finger queries (RFC 1288) from a config file.")
+    for flags, name, value, text in OPTIONS:
+        parser.add_argument(*flags, dest=name, metavar=value, help=text)
+    for flags, name, const, text in SWITCHES:
+        parser.add_argument(*flags, dest=name, action="store_const",
+                            const=const, help=text)
+    return parser
 
 
-def parse_options(argv: list[str]) -> types.SimpleNamespace:
-    """Give what the options set, None for the others, or ConfigError.
-
-    getopt, for argparse takes as long to load as all else that we need.
-    """
-    rows = {flag: row for row in make_options() for flag in row.flags}
-    short = "".join(flag[1:] + ":" * bool(row.argument)
-                    for flag, row in rows.items() if flag[1] != "-")
-    long = [flag[2:] + "=" * bool(row.argument)
-            for flag, row in rows.items() if flag[1] == "-"]
-    try:
-        found, rest = getopt.gnu_getopt(argv, short, long)
-    except getopt.GetoptError as error:
-        raise ConfigError(f"{error}; see --help") from None
+def parse_options(argv: list[str]) -> Any:
+    """Give what the options set, None for the others, or ConfigError."""
+    args, rest = make_parser().parse_known_args(join_values(argv))
     if rest:
-        raise ConfigError(f'"{rest[0]}" is no option; see --help')
-    args = types.SimpleNamespace(**{row.name: None for row in rows.values()})
-    for flag, value in found:
-        row = rows[flag]
-        setattr(args, row.name, value if row.argument else row.value)
+        raise ConfigError(f'"{rest[0]}" is not an option; see --help')
+    for name, value in vars(args).items():
+        if value == []:         # argparse before 3.13 drops the value --
+            setattr(args, name, "--")
     return args
 
 
-def help_text() -> str:
-    """Spell what --help prints."""
-    lines = ["usage: fingerd.py [OPTION]...", "",
-             "Answer finger queries (RFC 1288) from a config file.", "",
-             "options:"]
-    for row in make_options():
-        flags = ", ".join(row.flags) + f" {row.argument}".rstrip()
-        lines.append(f"  {flags:20} {row.help}")
-    return "\n".join([*lines, "", settings_text(), ""])
+def join_values(argv: list[str]) -> list[str]:
+    """Join options and values with =, so that a value may begin with -."""
+    with_value = {flag for flags, *_ in OPTIONS for flag in flags}
+    joined = []
+    words = iter(argv)
+    for word in words:
+        value = next(words, None) if word in with_value else None
+        joined.append(word if value is None else f"{word}={value}")
+    return joined
 
 
 def settings_text() -> str:
-    """List the settings of all sections with their defaults."""
+    """List all settings with their defaults, section by section."""
     rows = list(SETTINGS)
-    with contextlib.suppress(ValueError):   # alone: then those of users only
+    with contextlib.suppress(ValueError):   # this file alone: only its own
         for name, cls in load_backends().items():
             rows += [Setting(name, *row) for row in cls.settings or ()]
+    rows.append(Setting("users", "NAME", "text", "TEXT",
+                        "a user, and the text about that user"))
     lines = ["settings of the config file, and their defaults:"]
-    section = ""
-    for row in rows:
-        if row.section != section:
-            section = row.section
-            lines += ["", f"[{section}]"]
-        lines += [f"  {row.name} = {row.default}".rstrip(),
-                  f"        {row.help}"]
-    lines += ["", "[users]", "  NAME = TEXT",
-              "        a user, and what is said of that user"]
+    for section in dict.fromkeys(row.section for row in rows):
+        lines += ["", f"[{section}]"]
+        for row in rows:
+            if row.section == section:
+                lines += [f"  {row.name} = {row.default}".rstrip(),
+                          f"        {row.help}"]
     return "\n".join(lines)
 
 
 def find_config(path: str | None) -> str:
-    """Give the path of the config: the one named, or one that is there."""
+    """Give the path of the config: the one named, or one that exists."""
     if path is not None:
         return path
     for known in CONFIG_FILES:
@@ -2794,13 +2793,13 @@ def find_config(path: str | None) -> str:
                                   " root; name it with --config if you trust"
                                   " it")
             return known
-    raise ConfigError(f"there is no {' and no '.join(CONFIG_FILES)}; copy"
+    raise ConfigError(f"neither {' nor '.join(CONFIG_FILES)} exists; copy"
                       " fingerd.conf.example to one of them, or name a file"
                       " with --config")
 
 
 def print_reply(config: Any, log: Log, line: str, client: str) -> int:
-    """Print what this client would get for a line; 1 if a backend failed."""
+    """Print what a client would get for a line; 1 if a backend failed."""
     import ipaddress  # not needed to serve
     try:
         client = plain_address(client)
@@ -2809,24 +2808,13 @@ def print_reply(config: Any, log: Log, line: str, client: str) -> int:
         raise ConfigError(f'--from: "{client}" is not an address; write'
                           " e.g. --from 192.0.2.7") from None
     site = Site(config, log)
-    if os.geteuid() == 0:       # no program is run as root, for no query
+    ids = choose_ids(config.daemon) if os.geteuid() == 0 else None
+    if ids:                     # no program is run as root
         load_late_imports()
-        child = os.fork()
-        if child:
-            return os.WEXITSTATUS(os.waitpid(child, 0)[1])
-        try:
-            drop_privileges(*choose_ids(config.daemon) or ("root", 0, 0))
-            os._exit(say_reply(site, line, client))
-        finally:
-            os._exit(1)
-    return say_reply(site, line, client)
-
-
-def say_reply(site: Site, line: str, client: str) -> int:
-    """Print the reply itself; give the status."""
+        drop_privileges(*ids)
     reply = FIXED["denied"]
     if site.allows(client):
-        deadline = time.monotonic() + site.config.limits.timeout
+        deadline = time.monotonic() + config.limits.timeout
         reply = site.answer(os.fsencode(line), client, lambda: "localhost",
                             deadline) or FIXED["failed"]
     say(reply.data)
@@ -2944,15 +2932,25 @@ def write_bundle(path: str) -> None:
                          ) from None
 
 
-def run(args: types.SimpleNamespace, log: Log) -> int:
+def carry_out(args: Any, log: Log) -> int:
     """Do what the options say; give the exit status."""
-    if args.client is not None and args.query is None:
+    if args.address is not None and args.query is None:
         raise ConfigError("--from: goes with --query only")
-    if args.bundle:
+    if args.version:
+        say(f"fingerd {__version__}\n".encode())
+    elif args.help:
+        say(f"{make_parser().format_help()}\n{settings_text()}\n".encode())
+    elif args.bundle is not None:
         write_bundle(args.bundle)
-        return 0
-    if not args.inetd:
+    elif args.inetd and not args.check:
+        return serve_inetd(args, log)
+    else:
         return run_config(args, log)
+    return 0
+
+
+def serve_inetd(args: Any, log: Log) -> int:
+    """Serve the connection that inetd(8) has accepted."""
     sock = take_inetd_socket()
     try:
         return run_config(args, log, sock)
@@ -2961,33 +2959,34 @@ def run(args: types.SimpleNamespace, log: Log) -> int:
         raise
 
 
-def run_config(args: types.SimpleNamespace, log: Log,
-               sock: socket.socket | None = None) -> int:
+def run_config(args: Any, log: Log, sock: socket.socket | None = None) -> int:
     """Read the config, and do what needs it; give the exit status."""
     def report(backend: str, text: str, level: str = "warning") -> None:
         log.event(level, "backend", name=backend, text=text)
 
     overrides = {row.name: getattr(args, row.name) for row in SETTINGS
                  if getattr(args, row.name, None) is not None}
-    reader = functools.partial(read_config, report=report,
-                               overrides=overrides)
+    read = functools.partial(read_config, report=report, overrides=overrides)
     try:
-        path = find_config(args.config)
-        config = reader(path)
+        config = read(find_config(args.config))
     except ConfigError:
         # A config that has been broken since does not keep it running.
         if not (args.pidfile and (args.stop or args.status)):
             raise
         return control(args, args.pidfile, DEFAULT_TIMEOUT)
-    if args.check:
-        say(to_wire(f"{path} is good").replace(b"\r", b""))
-        return 0
     if args.status or args.stop or args.reload:
         return control(args, config.daemon.pidfile, config.limits.timeout)
     if args.query is not None:
-        return print_reply(config, log, args.query,
-                           args.client or "127.0.0.1")
-    daemon = Daemon(config, log, reader)
+        client = "127.0.0.1" if args.address is None else args.address
+        return print_reply(config, log, args.query, client)
+    if not sock:
+        for warning in config.warnings + find_useless(config, args.inetd):
+            complain(warning)
+    if args.check:
+        say(to_wire(f"{config.path} is good").replace(b"\r\n", b"\n"))
+        return 0
+    close_inherited()
+    daemon = Daemon(config, log, read)
     if sock:
         daemon.run_inetd(sock)
     else:
@@ -2995,8 +2994,48 @@ def run_config(args: types.SimpleNamespace, log: Log,
     return 0
 
 
+def find_useless(config: Any, inetd: bool) -> list[str]:
+    """Warn of settings that do nothing when it is started this way."""
+    useless = {}
+    if count_passed():
+        useless["listen"] = "is not used with systemd's sockets; remove it"
+    if inetd:
+        for name in ("max_clients_per_host", "queries_per_minute"):
+            useless[name] = "does nothing under inetd; set limits in inetd"
+    warnings = Notes()
+    for name, why in useless.items():
+        line = config.lines.get(name)
+        if line is not None:
+            warnings.add(line, f"{name if line else '--' + name}: {why}")
+    return warnings.texts(config.path)
+
+
+def count_passed() -> int:
+    """Count the sockets that systemd passes to us (sd_listen_fds(3))."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return 0
+    number = os.environ.get("LISTEN_FDS", "")
+    return int(number) if re.fullmatch("[0-9]{1,4}", number) else 0
+
+
+def close_inherited() -> None:
+    """Close descriptors that a careless parent has left open for us.
+
+    What this process has opened itself is not inheritable (PEP 446).
+    """
+    try:
+        found = [int(name) for name in os.listdir("/dev/fd")]
+    except OSError:             # it is not there: try the usual ones
+        found = list(range(1024))
+    first = 3 + count_passed()
+    for fd in found:
+        with contextlib.suppress(OSError):
+            if fd >= first and os.get_inheritable(fd):
+                os.close(fd)
+
+
 def say(data: bytes) -> None:
-    """Write to stdout; a reader who has seen enough is no failure."""
+    """Write to stdout; a closed pipe is not an error."""
     try:
         while data:
             data = data[os.write(1, data):]
@@ -3007,7 +3046,7 @@ def say(data: bytes) -> None:
 
 
 def complain(text: str) -> None:
-    """Tell the person at the terminal, each line with the name in front."""
+    """Write to stderr, each line with the program's name in front."""
     for line in text.split("\n"):
         data = to_wire(f"fingerd: {line}").replace(b"\r\n", b"\n")
         with contextlib.suppress(OSError):
@@ -3017,7 +3056,7 @@ def complain(text: str) -> None:
 def open_standard_streams() -> None:
     """Open /dev/null where there is no stdin, stdout or stderr.
 
-    The first socket would get that number, and clients what is printed.
+    Otherwise the first socket gets that number, and a client what is printed.
     """
     for fd in (0, 1, 2):
         try:
@@ -3027,29 +3066,30 @@ def open_standard_streams() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run fingerd; give its status: 0 done, 1 failed, 2 bad use or config."""
+    """Do what the command line says; give the exit status.
+
+    0 is done, 1 failed, 2 a bad command line or config.
+    """
     open_standard_streams()
     try:
         args = parse_options(sys.argv[1:] if argv is None else argv)
-        if args.version:
-            say(f"fingerd {__version__}\n".encode())
-        elif args.help:
-            say(help_text().encode())
-        else:
-            return run(args, Log())
+        return carry_out(args, Log())
     except ConfigError as error:
         complain(str(error))
         return 2
     except StartError as error:
-        complain(str(error))
-        return 1
+        complain(str(error).replace("\n", "\\n"))
     except OSError as error:        # as when there are no descriptors
         complain(f"cannot go on: {reason(error)}")
-        return 1
     except KeyboardInterrupt:       # before there is anything to end cleanly
-        return 1
-    return 0
+        pass
+    return 1
+
+
+def run() -> None:
+    """Be the program, as a script or in a zipapp."""
+    sys.exit(main())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -1001,9 +1001,9 @@ class ExampleTest(unittest.TestCase):
         self.assertEqual((status, err), (0, ""))
         for row in self.rows():
             self.assertIn(f"  {row.name} = {row.default}".rstrip(), out)
-        for option in ("--config", "--listen", "-l", "--logfile", "--check",
-                       "--query", "--from", "--version", "--help"):
-            self.assertIn(option, out)
+        for flags, *_ in (*fingerd.OPTIONS, *fingerd.SWITCHES):
+            for flag in flags:
+                self.assertRegex(out, rf"(?m)^  (.* )?{flag}\b")
 
     def test_readme_commands_do_what_it_says(self):
         readme = (HERE / "README").read_text()
@@ -3423,6 +3423,10 @@ def cpu_seconds(pid):
 
 # ---- Command line ---------------------------------------------------------
 
+LINES = ("-x", "--", "--help", "-", "", "/W moshez", "a=b", "=", "a\nb",
+         "-5", "\udcff", "moshez@localhost", "--query")
+
+
 class CommandLineTest(unittest.TestCase):
     def test_prints_its_version(self):
         self.assertEqual(run_fingerd("--version"),
@@ -3439,51 +3443,203 @@ class CommandLineTest(unittest.TestCase):
                         ' seconds; write e.g. timeout = 10\n'
                         f'fingerd: 1 error in {path}, not started\n'))
 
-    def test_prints_what_a_client_would_get(self):
-        text = "[server]\ndeny = 192.0.2.0/24\n" + USERS
-        with config_file(text) as path:
-            for args, status, out in [
-                    (["moshez"], 0, "Happy and well\n"),
-                    (["/W moshez@localhost"], 0, "Happy and well\n"),
-                    (["bob"], 0, "No such user\n"),
-                    ([""], 0, "Finger online user list denied\n"),
-                    (["a\x1bb"], 0, "Malformed query\n"),
-                    (["x" * 513], 0, "Query too long\n"),
-                    (["moshez", "--from", "192.0.2.7"], 0, "Access denied\n"),
-                    (["moshez", "--from", "::ffff:192.0.2.7"], 0,
-                     "Access denied\n"),
-                    (["moshez", "--from", "198.51.100.1"], 0,
-                     "Happy and well\n")]:
-                with self.subTest(args=args):
+    def test_check_warns_of_settings_that_do_nothing(self):
+        with config_file("[server]\nlisten = localhost:79\n[limits]\n"
+                         "queries_per_minute = 9\nmax_clients_per_host = 9\n"
+                         "[web]\n") as path:
+            web = (f"fingerd: {path}:6: [web]: is not used; add web to"
+                   " backend, or remove the section\n")
+            limits = "".join(
+                f"fingerd: {path}:{line}: {name}: does nothing under inetd;"
+                " set limits in inetd\n" for line, name in [
+                    (4, "queries_per_minute"), (5, "max_clients_per_host")])
+            sockets = ("listen: is not used with systemd's sockets; remove"
+                       " it\n")
+            me = os.getpid()
+            for args, pid, number, warnings in [
+                    ([], 0, 1, web), ([], 1, 1, web), ([], me, 0, web),
+                    ([], me, "x", web), (["--inetd"], 0, 0, web + limits),
+                    ([], me, 1, web + f"fingerd: {path}:2: {sockets}"),
+                    (["--listen", "localhost:80"], me, 1,
+                     web + f"fingerd: --{sockets}")]:
+                with self.subTest(args=args, pid=pid, number=number), \
+                        mock.patch.dict(os.environ, LISTEN_PID=str(pid),
+                                        LISTEN_FDS=str(number)):
                     self.assertEqual(
-                        call_fingerd("--config", path, "--query", *args),
-                        (status, out, ""))
+                        call_fingerd("--config", path, "--check", *args),
+                        (0, f"{path} is good\n", warnings))
+
+    def test_logs_what_a_backend_reports_at_its_level(self):
+        text = "[server]\nbackend = picky\n[picky]\ncolor = loud\n"
+        with config_file(text) as path, mock.patch.dict(fingerd.BACKENDS,
+                                                        picky=Picky):
+            self.assertEqual(
+                call_fingerd("--config", path, "--check"),
+                (0, f"{path} is good\n",
+                 'fingerd: backend name=picky text="is loud"\n'))
+
+    def test_warns_at_the_start_but_not_in_a_query(self):
+        text = USERS + "[web]\n"
+        with daemon(text) as program:
+            program.wait_line(r"ready ")
+            self.assertRegex(program.lines[0],
+                             r"^fingerd: .*:7: \[web\]: is not used; add")
+        with config_file(text) as path:
+            self.assertEqual(run_fingerd("--config", path, "--query", "bob"),
+                             (0, "No such user\n", ""))
+
+    def query(self, text, *calls):
+        """Ask with --query, all in one process: as root it becomes nobody."""
+        code = ("import fingerd, json, sys\n"
+                "for args in json.loads(sys.argv[1]):\n"
+                "    print(fingerd.main(args), flush=True)\n")
+        with config_file(text) as path:
+            os.chmod(os.path.dirname(path), 0o755)
+            arguments = [["--config", path, "--query", *args]
+                         for args in calls]
+            done = subprocess.run(
+                [sys.executable, "-c", code, json.dumps(arguments)], cwd=HERE,
+                capture_output=True, text=True, timeout=HANG)
+        return done.stdout, done.stderr
+
+    def test_prints_no_warning_to_the_client_of_inetd(self):
+        text = "[limits]\nqueries_per_minute = 9\n[web]\n" + USERS
+        self.assertEqual(
+            ServiceManagerTest().run_inetd(text, b"moshez\r\n"),
+            (HAPPY, 0))
+
+    def test_prints_what_a_client_would_get(self):
+        table = [
+            (["moshez"], "Happy and well\n0\n"),
+            (["/W moshez@localhost"], "Happy and well\n0\n"),
+            (["bob"], "No such user\n0\n"),
+            ([""], "Finger online user list denied\n0\n"),
+            (["a\x1bb"], "Malformed query\n0\n"),
+            (["\udc80"], "Malformed query\n0\n"),
+            (["-x"], "No such user\n0\n"),
+            (["--"], "No such user\n0\n"),
+            (["x" * 513], "Query too long\n0\n"),
+            (["moshez", "--from", "192.0.2.7"], "Access denied\n0\n"),
+            (["moshez", "--from", "::ffff:192.0.2.7"],
+             "Access denied\n0\n"),
+            (["moshez", "--from", "198.51.100.1"], "Happy and well\n0\n")]
+        out, err = self.query(
+            "[server]\ndeny = ::ffff:192.0.2.0/120\n" + USERS,
+            *[args for args, _ in table])
+        self.assertEqual(out, "".join(reply for _, reply in table))
+        self.assertEqual(err, "")
+
+    def test_a_query_is_from_an_address(self):
+        addresses = ["me", "", "192.0.2.7/32", "::1\n", "\udcff", "--"]
+        out, err = self.query(USERS, *[["moshez", "--from", address]
+                                       for address in addresses])
+        self.assertEqual(out, "2\n" * len(addresses))
+        shown = ["me", "", "192.0.2.7/32", "::1\\n", "\\xff", "--"]
+        self.assertEqual(err, "".join(
+            f'fingerd: --from: "{address}" is not an address; write e.g.'
+            " --from 192.0.2.7\n" for address in shown))
 
     def test_query_has_a_status_for_a_failed_backend(self):
         text = ("[server]\nbackend = web\n[web]\n"
                 "prefix = http://127.0.0.1:1/~\n")
         with config_file(text) as path:
-            status, out, err = call_fingerd("--config", path, "--query", "x")
+            status, out, err = run_fingerd("--config", path, "--query", "x")
         self.assertEqual((status, out), (1, "Internal error in server\n"))
         self.assertRegex(err, "^fingerd: failed backend=web client=127")
+
+    def test_an_option_takes_any_value(self):
+        for flags, name, *_ in fingerd.OPTIONS:
+            for flag in flags:
+                for line in LINES:
+                    with self.subTest(flag=flag, line=line):
+                        for argv in ([flag, line], [f"{flag}={line}"]):
+                            args = fingerd.parse_options([*argv, "--check"])
+                            self.assertEqual(getattr(args, name), line)
+                            self.assertIs(args.check, True)
+
+    def test_a_bad_value_is_an_error_of_one_line(self):
+        good = 0, f"{EXAMPLE} is good\n", ""
+        for row in fingerd.SETTINGS:
+            for value in LINES if row.flags else ():
+                for flag in row.flags:
+                    with self.subTest(flag=flag, value=value):
+                        said = call_fingerd("--config", str(EXAMPLE),
+                                            "--check", flag, value)
+                        if said != good:    # a name, a word, a path
+                            self.assertEqual(said[:2], (2, ""))
+                            self.assertRegex(
+                                said[2], r"\Afingerd: --[a-z]+: .+\n"
+                                r"fingerd: 1 error on .+, not started\n\Z")
 
     def test_complains_of_wrong_options_in_one_line(self):
         for args, message in [
                 (["--config", ""], "cannot read the config: no such file or"
                  " directory; name another with --config"),
-                (["--listne", "x"], "option --listne not recognized;"
-                                    " see --help"),
-                (["--config"], "option --config requires argument;"
-                               " see --help"),
-                (["--check", "fingerd.conf"], '"fingerd.conf" is no option;'
-                                              " see --help"),
+                (["--listne", "x"], '"--listne" is not an option; see'
+                                    ' --help'),
+                (["--conf", "x"], '"--conf" is not an option; see --help'),
+                (["-x"], '"-x" is not an option; see --help'),
+                (["--a\nb\udcff"], '"--a\\nb\\xff" is not an option; see'
+                                   ' --help'),
+                (["--config"], "--config: expected one argument; see --help"),
+                (["-l"], "-l/--logfile: expected one argument; see --help"),
+                (["--check=1"], "--check: ignored explicit argument '1'; see"
+                                " --help"),
+                (["--check", "fingerd.conf"], '"fingerd.conf" is not an'
+                                              ' option; see --help'),
                 (["--from", "::1"], "--from: goes with --query only"),
-                (["--config", str(EXAMPLE), "--query", "x", "--from", "me"],
-                 '--from: "me" is not an address; write e.g. --from'
-                 ' 192.0.2.7')]:
+                (["--config", "a\nb\udcff"], "cannot read the config: no such"
+                 " file or directory: a\\nb\\xff; name another with --config"),
+                (["--bundle", "/no/such/a\nb"], "cannot write the bundle: no"
+                 " such file or directory: /no/such/a\\nb")]:
             with self.subTest(args=args):
-                self.assertEqual(call_fingerd(*args),
-                                 (2, "", f"fingerd: {message}\n"))
+                status, out, err = call_fingerd(*args)
+                self.assertEqual((out, err), ("", f"fingerd: {message}\n"))
+                self.assertEqual(status, 1 if "--bundle" in args else 2)
+
+    def test_closes_what_it_inherits_once_it_has_read_its_config(self):
+        reader, writer = os.pipe()
+        with config_file(USERS) as path, open(path, "rb") as config, open(
+                reader, "rb") as pipe, open(writer, "wb") as end:
+            high = os.dup2(end.fileno(), 200)
+            inherited = [config.fileno(), end.fileno(), high]
+            with daemon("", "--config", f"/dev/fd/{config.fileno()}",
+                        pass_fds=inherited) as program:
+                os.close(high)
+                end.close()
+                self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+                ready, _, _ = select.select([pipe], [], [], HANG)
+                self.assertEqual(ready, [pipe])     # all copies are closed
+                self.assertEqual(pipe.read(), b"")
+
+    def test_keeps_the_sockets_that_systemd_passes_and_no_more(self):
+        code = ("import os, sys\n"
+                "os.dup2(100, 3)\n"
+                "os.dup2(101, 4)\n"
+                "os.environ.update(LISTEN_PID=str(os.getpid()),"
+                " LISTEN_FDS='1')\n"
+                "os.execv(sys.argv[1], sys.argv[1:])\n")
+        reader, writer = os.pipe()
+        with open(reader, "rb") as pipe, config_file(USERS) as path, \
+                socket.create_server(("127.0.0.1", 0)) as listener:
+            address = listener.getsockname()
+            os.dup2(listener.fileno(), 100)
+            os.dup2(writer, 101)
+            process = subprocess.Popen(
+                [sys.executable, "-c", code,
+                 *fingerd_command("--config", path)],
+                pass_fds=[100, 101], stderr=subprocess.PIPE, text=True)
+            for fd in (100, 101, writer):
+                os.close(fd)
+            listener.close()
+            with process, contextlib.ExitStack() as stack:
+                program = Daemon(process)
+                stack.callback(program.reader.join, HANG)
+                stack.callback(process.kill)
+                self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
+                ready, _, _ = select.select([pipe], [], [], HANG)
+                self.assertEqual(ready, [pipe])
+                self.assertEqual(program.stop(), 0)
 
     def test_survives_streams_that_are_closed_or_full(self):
         command = " ".join(map(shlex.quote, fingerd_command()))
@@ -3491,7 +3647,9 @@ class CommandLineTest(unittest.TestCase):
                 ("--help | head -n 1 >/dev/null", 0, ""),
                 ("--version >&-", 0, ""), ("--nonsense 2>&-", 2, ""),
                 ("--version >/dev/full", 1, "fingerd: cannot print: no space"
-                                            " left on device\n")]:
+                                            " left on device\n"),
+                (f"--config {EXAMPLE} --query moshez >/dev/full", 1,
+                 "fingerd: cannot print: no space left on device\n")]:
             if "/dev/full" in words and not os.path.exists("/dev/full"):
                 continue
             with self.subTest(words=words):
@@ -3532,9 +3690,9 @@ class CommandLineTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as directory:
             self.assertEqual(
                 run_fingerd(cwd=directory),
-                (2, "", "fingerd: there is no fingerd.conf and no"
-                        " /etc/fingerd.conf; copy fingerd.conf.example to one"
-                        " of them, or name a file with --config\n"))
+                (2, "", "fingerd: neither fingerd.conf nor /etc/fingerd.conf"
+                        " exists; copy fingerd.conf.example to one of them,"
+                        " or name a file with --config\n"))
 
 
 class LoneCopyTest(unittest.TestCase):
