@@ -2694,8 +2694,6 @@ class Daemon:
 
 # ---- Command line ---------------------------------------------------------
 
-BUNDLE_MAIN = "import fingerd, sys\nsys.exit(fingerd.main())\n"
-
 # Options with a value: flags, attribute, what the value is called, help.
 OPTIONS = (
     (("--config",), "config", "FILE", "config; " + " or ".join(CONFIG_FILES)),
@@ -2890,43 +2888,34 @@ def refuse_for_inetd(sock: socket.socket, error: Exception) -> None:
         syslog.syslog(syslog.LOG_ERR, UNSAFE.sub(show_unsafe, line))
 
 
-def compiled(name: str, source: str) -> bytes:
-    """Compile a module to what this Python loads at once (PEP 552)."""
-    import importlib.util
-    import marshal
-    unchecked = (1).to_bytes(4, "little")   # the source beside it is the same
-    return (importlib.util.MAGIC_NUMBER + unchecked
-            + importlib.util.source_hash(source.encode())
-            + marshal.dumps(compile(source, f"{name}.py", "exec",
-                                    dont_inherit=True)))
-
-
 def write_bundle(path: str) -> None:
-    """Write a zipapp of both files, which anybody may run.
+    """Write a zipapp of both files that anybody may run.
 
-    It has them compiled, too: a Python of the same version starts sooner.
+    It holds them compiled, too, for a quicker start on the same Python.
     """
-    import importlib.util
-    import zipfile
-    files: dict[str, str | bytes] = {"__main__.py": BUNDLE_MAIN}
+    import py_compile
+    import tempfile
+    import zipapp
     try:
         load_backends()
-        for name in ("fingerd", "fingerd_backends"):
-            spec: Any = importlib.util.find_spec(name)
-            if not spec:
-                raise ValueError("this file is not named fingerd.py any more")
-            source = spec.loader.get_source(name)
-            files[f"{name}.py"] = source
-            files[f"{name}.pyc"] = compiled(name, source)
+        with tempfile.TemporaryDirectory() as folder:
+            for name, module in [("fingerd", __name__),
+                                 ("fingerd_backends", "fingerd_backends")]:
+                loader: Any = sys.modules[module].__loader__
+                source = os.path.join(folder, f"{name}.py")
+                with open(source, "w", encoding="utf-8") as file:
+                    file.write(loader.get_source(module))
+                py_compile.compile(
+                    source, f"{source}c", f"{name}.py", doraise=True,
+                    invalidation_mode=(
+                        py_compile.PycInvalidationMode.UNCHECKED_HASH))
+            with open(path, "wb") as bundle:
+                zipapp.create_archive(folder, bundle, "/usr/bin/env python3",
+                                      "fingerd:run", compressed=True)
+                if stat.S_ISREG(os.fstat(bundle.fileno()).st_mode):
+                    os.fchmod(bundle.fileno(), 0o755)
     except ValueError as error:
         raise ConfigError(f"--bundle: {error}") from None
-    try:
-        with open(path, "wb") as file:
-            file.write(b"#!/usr/bin/env python3\n")
-            with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as bundle:
-                for name, data in files.items():
-                    bundle.writestr(name, data)
-        os.chmod(path, 0o755)
     except OSError as error:
         raise StartError(f"cannot write the bundle: {reason(error)}"
                          ) from None

@@ -3362,7 +3362,12 @@ class BundleTest(unittest.TestCase):
             subprocess.run([sys.executable, path, "--bundle", again],
                            timeout=HANG, check=True)
             with zipfile.ZipFile(path) as one, zipfile.ZipFile(again) as two:
-                self.assertEqual(one.namelist(), two.namelist())
+                self.assertEqual(
+                    sorted(one.namelist()),
+                    ["__main__.py", "fingerd.py", "fingerd.pyc",
+                     "fingerd_backends.py", "fingerd_backends.pyc"])
+                self.assertEqual(sorted(one.namelist()),
+                                 sorted(two.namelist()))
                 for name in ("fingerd.py", "fingerd_backends.py"):
                     self.assertEqual(one.read(name), two.read(name))
 
@@ -3385,18 +3390,43 @@ class BundleTest(unittest.TestCase):
                 self.assertEqual((done.returncode, done.stdout), (
                     0, f"fingerd {fingerd.__version__}\n".encode()), name)
 
-    def test_says_that_a_renamed_copy_cannot_be_bundled(self):
+    def test_a_renamed_copy_can_be_bundled(self):
         with tempfile.TemporaryDirectory() as directory:
             copy = os.path.join(directory, "finger-daemon")
             shutil.copy(PROGRAM, copy)
             shutil.copy(HERE / "fingerd_backends.py", directory)
+            subprocess.run([sys.executable, copy, "--bundle", "out"],
+                           cwd=directory, timeout=HANG, check=True)
+            with zipfile.ZipFile(os.path.join(directory, "out")) as bundle:
+                self.assertEqual(bundle.read("fingerd.py"),
+                                 PROGRAM.read_bytes())
+
+    def test_needs_both_files_of_one_release(self):
+        with tempfile.TemporaryDirectory() as directory:
+            shutil.copy(PROGRAM, directory)
             done = subprocess.run(
-                [sys.executable, copy, "--bundle", "out"], cwd=directory,
-                capture_output=True, text=True, timeout=HANG)
+                [sys.executable, "fingerd.py", "--bundle", "out"],
+                cwd=directory, capture_output=True, text=True, timeout=HANG)
             self.assertEqual((done.returncode, done.stderr), (
-                2, "fingerd: --bundle: this file is not named fingerd.py any"
-                   " more\n"))
-            self.assertFalse(os.path.exists(os.path.join(directory, "out")))
+                2, "fingerd: --bundle: needs fingerd_backends.py, which is"
+                   " not beside fingerd.py; copy it there too\n"))
+            self.assertEqual(os.listdir(directory), ["fingerd.py"])
+
+    def test_changes_the_mode_of_nothing_but_a_file(self):
+        """As root, --bundle /dev/null must not make that unwritable."""
+        with tempfile.TemporaryDirectory() as directory:
+            path = os.path.join(directory, "pipe")
+            bundle = os.path.join(directory, "fingerd")
+            os.mkfifo(path, 0o600)
+            with open(bundle, "wb") as file, subprocess.Popen(
+                    ["cat", path], stdout=file) as cat:
+                self.assertEqual(run_fingerd("--bundle", path), (0, "", ""))
+                self.assertEqual(cat.wait(HANG), 0)
+            self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
+            done = subprocess.run([sys.executable, bundle, "--version"],
+                                  stdout=subprocess.PIPE, timeout=HANG)
+            self.assertEqual(done.stdout.decode(),
+                             f"fingerd {fingerd.__version__}\n")
 
     def test_says_why_it_cannot_write(self):
         self.assertEqual(run_fingerd("--bundle", str(HERE)), (
