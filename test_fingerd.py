@@ -723,7 +723,7 @@ max_query = 1
         for space in (" ", "\t", "\x0c", "\xa0", "\u2003"):
             with self.subTest(space=space):
                 self.assertEqual(
-                    self.errors(f"[limits]\n#\n\n{space}x = y\n")[0],
+                    self.errors(f"[limits]\n\n#\n{space}x = y\n")[0],
                     "FILE:4: indented line outside a text value; write it"
                     " without spaces in front")
 
@@ -1001,6 +1001,7 @@ class ExampleTest(unittest.TestCase):
         self.assertEqual((status, err), (0, ""))
         for row in self.rows():
             self.assertIn(f"  {row.name} = {row.default}".rstrip(), out)
+        self.assertIn("\n[users]\n  NAME = TEXT\n", out)
         for flags, *_ in (*fingerd.OPTIONS, *fingerd.SWITCHES):
             for flag in flags:
                 self.assertRegex(out, rf"(?m)^  (.* )?{flag}\b")
