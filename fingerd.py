@@ -308,15 +308,16 @@ BACKEND_NAME = re.compile(r"[a-z]+(:[A-Za-z0-9_.-]+)?")
 def load_backends() -> dict[str, Any]:
     """Import the other file's backends; give the classes of both by name.
 
-    Raises ValueError when that file is missing or of another version.
+    Raises ValueError when that file is missing, broken, or of another
+    version; also in a reload, when Python itself may be out of reach.
     """
     try:
         import fingerd_backends
-    except ModuleNotFoundError as error:
-        if error.name != "fingerd_backends":
-            raise
-        raise ValueError("needs fingerd_backends.py, which is not beside"
-                         " fingerd.py; copy it there too") from None
+    except ImportError as error:
+        wrong = f"cannot be imported ({error}); restart once it can"
+        if error.name == "fingerd_backends":
+            wrong = "is not beside fingerd.py; copy it there too"
+        raise ValueError(f"needs fingerd_backends.py, which {wrong}") from None
     if fingerd_backends.__version__ != __version__:
         raise ValueError(
             f"cannot be used: fingerd.py is version {__version__}, but"

@@ -3535,9 +3535,19 @@ class CommandLineTest(unittest.TestCase):
 
     def test_prints_no_warning_to_the_client_of_inetd(self):
         text = "[limits]\nqueries_per_minute = 9\n[web]\n" + USERS
-        self.assertEqual(
-            ServiceManagerTest().run_inetd(text, b"moshez\r\n"),
-            (HAPPY, 0))
+        with config_file(text) as path, socket.create_server(
+                ("127.0.0.1", 0)) as listener, connect(
+                listener.getsockname()) as client:
+            served, _ = listener.accept()
+            with subprocess.Popen(
+                    fingerd_command("--config", path, "--inetd"),
+                    stdin=served.fileno(), stdout=served.fileno(),
+                    stderr=served.fileno()) as process:
+                served.close()
+                client.sendall(b"moshez\r\n")
+                self.assertEqual(read_all(client), HAPPY)
+                client.close()
+            self.assertEqual(process.returncode, 0)
 
     def test_prints_what_a_client_would_get(self):
         table = [
@@ -3589,18 +3599,20 @@ class CommandLineTest(unittest.TestCase):
                             self.assertIs(args.check, True)
 
     def test_a_bad_value_is_an_error_of_one_line(self):
-        good = 0, f"{EXAMPLE} is good\n", ""
         for row in fingerd.SETTINGS:
             for value in LINES if row.flags else ():
                 for flag in row.flags:
                     with self.subTest(flag=flag, value=value):
                         said = call_fingerd("--config", str(EXAMPLE),
                                             "--check", flag, value)
-                        if said != good:    # a name, a word, a path
+                        if said[0]:
                             self.assertEqual(said[:2], (2, ""))
                             self.assertRegex(
                                 said[2], r"\Afingerd: --[a-z]+: .+\n"
                                 r"fingerd: 1 error on .+, not started\n\Z")
+                        else:               # it is a name, a word, a path
+                            self.assertEqual(said[1],
+                                             f"{EXAMPLE} is good\n")
 
     def test_complains_of_wrong_options_in_one_line(self):
         for args, message in [
@@ -3795,11 +3807,24 @@ class LoneCopyTest(unittest.TestCase):
                 ' is 0.9; copy both from one release, or write backend ='
                 ' users'))
 
-    def test_lets_another_import_error_surface(self):
-        with self.lone_copy("[server]\nbackend = web\n") as directory:
+    def test_names_what_the_other_file_cannot_import(self):
+        with self.lone_copy("[server]\nbackend = web\nuser_list = x\n[webb]\n"
+                            "[limit]\n") as directory:
             pathlib.Path(directory, "fingerd_backends.py").write_text(
                 "import no_such_module_79\n")
-            self.assertIn("no_such_module_79", self.run_copy(directory)[2])
+            why = ("needs fingerd_backends.py, which cannot be imported (No"
+                   " module named 'no_such_module_79'); restart once it can")
+            status, _, err = self.run_copy(directory)
+            self.assertEqual((status, err.splitlines()), (2, [
+                f'fingerd: fingerd.conf:2: backend: "web" {why}, or write'
+                ' backend = users',
+                'fingerd: fingerd.conf:3: user_list: "x" is not one of yes,'
+                ' true, on, 1, no, false, off, 0; write e.g. user_list = no',
+                f'fingerd: fingerd.conf:4: [webb]: {why}, or remove the'
+                ' section',
+                'fingerd: fingerd.conf:5: [limit]: no such section; did you'
+                ' mean [limits]?',
+                'fingerd: 4 errors in fingerd.conf, not started']))
 
 
 # ---- Backends -------------------------------------------------------------
