@@ -1000,7 +1000,9 @@ class ExampleTest(unittest.TestCase):
         status, out, err = run_fingerd("--help")
         self.assertEqual((status, err), (0, ""))
         for row in self.rows():
-            self.assertIn(f"  {row.name} = {row.default}".rstrip(), out)
+            section = out.partition(f"\n[{row.section}]\n")[2]
+            self.assertIn(f"  {row.name} = {row.default}".rstrip(),
+                          section.partition("\n\n")[0])
         self.assertIn("\n[users]\n  NAME = TEXT\n", out)
         for flags, *_ in (*fingerd.OPTIONS, *fingerd.SWITCHES):
             for flag in flags:
