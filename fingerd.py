@@ -14,7 +14,8 @@ Sections, from the protocol outward to the operating system:
     Query         bytes from the client -> Query
     Reply         text -> bytes for the client, and the fixed replies
     Backends      where texts come from
-    Settings      the config file, checked as a whole before anything starts
+    Settings      their table, and what their texts mean
+    Config file   read and checked as a whole before anything starts
     Log           one line for each connection
     Answers       policy: who is answered, and what
     Forwarding    asking another finger server
@@ -29,15 +30,14 @@ Sections, from the protocol outward to the operating system:
 
 from __future__ import annotations
 
+import argparse
 import array
 import collections
 import contextlib
 import errno
 import fcntl
 import functools
-import getopt
 import grp
-import io
 import math
 import os
 import pwd
@@ -51,10 +51,19 @@ import socketserver
 import stat
 import struct
 import sys
+import textwrap
 import threading
 import time
 import types
-from typing import Any, Callable, Container, Iterable, Iterator, NamedTuple
+from typing import (
+    Any,
+    Callable,
+    Container,
+    Dict,
+    Iterable,
+    NamedTuple,
+    NoReturn,
+)
 
 __version__ = "1.0"
 
@@ -380,65 +389,54 @@ class UsersBackend:
 
 
 BACKENDS: dict[str, Any] = {"users": UsersBackend}
+BACKEND_NAME = re.compile(r"[a-z]+(:[A-Za-z0-9_.-]+)?")
 
 
 def load_backends() -> dict[str, Any]:
     """Import the other file's backends; give the classes of both by name.
 
-    Raises ValueError when it is not there or of another version.
+    Raises ValueError when that file is missing, broken, or of another
+    version; also in a reload, when Python itself may be out of reach.
     """
     try:
         import fingerd_backends
-    except ModuleNotFoundError as error:
-        if error.name != "fingerd_backends":
-            raise
-        raise ValueError("needs fingerd_backends.py, which is not beside"
-                         " fingerd.py; copy it there too") from None
+    except ImportError as error:
+        wrong = f"cannot be imported ({error}); restart once it can"
+        if error.name == "fingerd_backends":
+            wrong = "is not beside fingerd.py; copy it there too"
+        raise ValueError(f"needs fingerd_backends.py, which {wrong}") from None
     if fingerd_backends.__version__ != __version__:
         raise ValueError(
-            f"is of no use: fingerd.py is version {__version__}, but"
+            f"cannot be used: fingerd.py is version {__version__}, but"
             f" fingerd_backends.py is {fingerd_backends.__version__};"
             " copy both from one release")
     return {**BACKENDS, **fingerd_backends.BACKENDS}
 
 
-def find_backend(name: str) -> Any:
-    """Give the class for a name as `web` or `web:staff`, or ValueError."""
+def find_backend(name: str, sections: tuple[str, ...] = ()) -> Any:
+    """Give the class for a name such as `web` or `web:staff`, or ValueError.
+
+    For the name of a section, give the sections that it may mean as well.
+    """
     kind = name.partition(":")[0]
-    if not re.fullmatch(r"[a-z]+(:[A-Za-z0-9_.-]+)?", name):
-        raise ValueError("is no name of a backend; write e.g. web or web:2")
-    classes = BACKENDS
-    if kind not in classes and "did you mean" not in did_you_mean(
-            kind, classes):
-        classes = load_backends()
+    classes, failure = BACKENDS, ""
     if kind not in classes:
-        raise ValueError("is no backend" + did_you_mean(kind, classes))
-    return classes[kind]
+        try:
+            classes = load_backends()
+        except ValueError as error:
+            failure = str(error)
+    if kind in classes and BACKEND_NAME.fullmatch(name):
+        return classes[kind]
+    form = "[{}]".format if sections else str
+    guess = suggest(form(name), map(form, [*sections, *classes]))
+    if failure and "did you mean" not in guess:
+        raise ValueError(f"{failure}, or " + (
+            "remove the section" if sections else "write backend = users"))
+    raise ValueError(("no such section" if sections else "is not a backend")
+                     + guess)
 
 
 # ---- Settings -------------------------------------------------------------
-
-class Setting(NamedTuple):
-    """One row of the table that feeds parsing, checking and --help."""
-
-    section: str
-    name: str
-    kind: str                   # a key of KINDS
-    default: str                # as it would be written in the file
-    help: str
-    flags: tuple[str, ...] = ()
-
-
-class Kind(NamedTuple):
-    """How a value is written: convert raises ValueError("is not ...")."""
-
-    convert: Callable[[str], Any]
-    example: str
-
-
-class ConfigError(Exception):
-    """What is wrong with the config or the command line, line by line."""
-
 
 NO_ID = 0xffffffff              # -1, which setuid(2) takes for "leave it"
 FACILITIES = (                  # by their numbers: RFC 3164 4.1.1
@@ -447,132 +445,29 @@ FACILITIES = (                  # by their numbers: RFC 3164 4.1.1
     "local1", "local2", "local3", "local4", "local5", "local6", "local7")
 LEVELS = ("debug", "info", "notice", "warning", "error")
 INFO = LEVELS.index("info")     # the level of a query's line
-LONGEST = 366 * 86400           # seconds; more is a slip of the pen
-MOST = 1_000_000_000            # of anything counted
+MAX_SECONDS = 366 * 86400       # a year: more is a typing error
+MAX_COUNT = 1_000_000_000       # of anything counted, bytes included
+MIN_SIZE = 16                   # bytes: room for [truncated]
+MIN_REPLY = 64                  # bytes: room for each of FIXED_REPLIES
+YES, NO = ("yes", "true", "on", "1"), ("no", "false", "off", "0")
+NUMBERS = {                     # how they are written
+    "a whole number": "[0-9]{1,12}",
+    "a number of seconds": r"[0-9]{1,12}(\.[0-9]{1,12})?",
+    "a size in bytes": "[0-9]{1,12}[KkMm]?",
+}
+UNITS = {"K": 1024, "M": 1024 ** 2}
+PATH = r"[^\0-\x1f\x7f-\x9f]"   # a character of one: any but a control
 
 
-def yes_or_no(text: str) -> bool:
-    """Convert a boolean; any other word is an error, not a no."""
-    word = text.lower()
-    if word in ("yes", "true", "on", "1"):
-        return True
-    if word in ("no", "false", "off", "0"):
-        return False
-    raise ValueError("is neither yes nor no")
+class Setting(NamedTuple):
+    """A row of the table that feeds parsing, checking and --help."""
 
-
-def period(text: str) -> float:
-    """Convert seconds, 0 included."""
-    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
-        raise ValueError("is not a number of seconds")
-    if float(text) > LONGEST:
-        raise ValueError("is more than a year")
-    return float(text)
-
-
-def seconds(text: str) -> float:
-    """Convert seconds, at least a millisecond."""
-    if period(text) < 0.001:
-        raise ValueError("is too short")
-    return float(text)
-
-
-def limit(text: str) -> int:
-    """Convert a whole number; 0 is for no limit."""
-    if not re.fullmatch("[0-9]{1,10}", text) or int(text) > MOST:
-        raise ValueError("is not a whole number up to a milliard")
-    return int(text)
-
-
-def count(text: str) -> int:
-    """Convert a whole number from 1 on."""
-    if limit(text) == 0:
-        raise ValueError("is not at least 1")
-    return int(text)
-
-
-def size(text: str) -> int:
-    """Convert bytes, with K and M for 1024 and its square."""
-    match = re.fullmatch("([0-9]{1,10})([KkMm]?)", text)
-    if not match:
-        raise ValueError("is not a size in bytes")
-    number = int(match[1]) * {"": 1, "k": 1024, "m": 1 << 20}[match[2].lower()]
-    if not 16 <= number <= MOST:        # 16 has room for [truncated]
-        raise ValueError("is not between 16 and a milliard bytes")
-    return number
-
-
-def reply_size(text: str) -> int:
-    """Convert bytes with room for each of the fixed replies."""
-    if size(text) < 64:
-        raise ValueError("is less than 64 bytes")
-    return size(text)
-
-
-def words(text: str) -> tuple[str, ...]:
-    """Convert words with spaces or line ends between them."""
-    return tuple(text.split())
-
-
-def hosts(text: str) -> tuple[str, ...]:
-    """Convert host names; their case and a last dot do not count."""
-    return tuple(word.rstrip(".") for word in words(text.lower()))
-
-
-def networks(text: str) -> tuple[Any, ...]:
-    """Convert networks in CIDR notation; an address is one, too."""
-    if not text:
-        return ()
-    import ipaddress  # only for those who name networks: 2 ms, 1 MiB
-    result = []
-    for word in words(text):
-        try:
-            result.append(ipaddress.ip_network(word))
-        except ValueError as error:
-            raise ValueError(f"is no list of networks ({error})") from None
-    return tuple(result)
-
-
-def split_address(text: str, default_port: str = "") -> tuple[str, int]:
-    """Split host:port or [v6]:port; raise ValueError without a port."""
-    match = re.fullmatch(r"(\[[\w:.%-]+\]|[^\[\]:]+)(?::([0-9]{1,5}))?", text)
-    port = (match[2] or default_port) if match else ""
-    if not match or not port or int(port) > 65535:
-        raise ValueError("is not host:port or [v6 address]:port")
-    return match[1].strip("[]"), int(port)
-
-
-def addresses(text: str) -> tuple[tuple[str, int], ...]:
-    """Convert the addresses to listen on; * is every one there is."""
-    if not words(text):
-        raise ValueError("names no address")
-    return tuple(split_address(word) for word in words(text))
-
-
-def next_hops(text: str) -> dict[str, int]:
-    """Convert the hosts that queries may be forwarded to, with ports."""
-    if text.lower() in ("no", "false", "off", "0"):
-        return {}
-    if not words(text) or text.lower() in ("yes", "true", "on", "1"):
-        raise ValueError("is neither no nor a list of hosts")
-    return dict(split_address(word, str(FINGER_PORT)) for word in hosts(text))
-
-
-def backend_names(text: str) -> tuple[str, ...]:
-    """Convert the names of backends, each once."""
-    names = words(text)
-    if not names or len(set(names)) < len(names):
-        raise ValueError("does not name one or more backends, each once")
-    return names
-
-
-def one_of(*choices: str) -> Callable[[str], str]:
-    """Make a converter that knows these words and no other."""
-    def convert(text: str) -> str:
-        if text.lower() not in choices:
-            raise ValueError(f"is none of {', '.join(choices)}")
-        return text.lower()
-    return convert
+    section: str
+    name: str
+    kind: str                   # a key of KINDS
+    default: str                # as it would be written in the file
+    help: str
+    flags: tuple[str, ...] = ()
 
 
 class User(NamedTuple):
@@ -583,461 +478,502 @@ class User(NamedTuple):
     gid: int | None
 
 
-def user(text: str) -> User | None:
-    """Convert a user's name or number; None for an empty text."""
+# Converters take a text, and raise ValueError("is not ...") for a bad one,
+# with "; " and what to write where a setting's default is not an example.
+
+def number_from(low: float, high: float, what: str) -> Callable[[str], Any]:
+    """Make a converter of numbers; what is a key of NUMBERS."""
+    def convert(text: str) -> float:
+        if not re.fullmatch(NUMBERS[what], text):
+            raise ValueError(f"is not {what}")
+        value = float(text.rstrip("KkMm")) * UNITS.get(text[-1].upper(), 1)
+        if not low <= value <= high:
+            raise ValueError(f"is not between {low} and {high}")
+        return int(value) if value.is_integer() else value
+    return convert
+
+
+def text_matching(pattern: str, what: str) -> Callable[[str], str]:
+    """Make a converter of texts that match a pattern as a whole."""
+    def convert(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"is not {what}")
+        return text
+    return convert
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """Make a converter of these words, in any case."""
+    def convert(text: str) -> str:
+        if text.lower() not in choices:
+            raise ValueError(f"is not one of {', '.join(choices)}")
+        return text.lower()
+    return convert
+
+
+def list_of(convert: Callable[[str], Any],
+            at_least: int = 0) -> Callable[[str], tuple[Any, ...]]:
+    """Make a converter of words."""
+    def convert_words(text: str) -> tuple[Any, ...]:
+        words = text.split()
+        if len(words) < at_least:
+            raise ValueError("is empty")
+        return tuple(convert(word) for word in words)
+    return convert_words
+
+
+def to_bool(text: str) -> bool:
+    return one_of(*YES, *NO)(text) in YES
+
+
+def to_mask(text: str) -> int:
+    return int(text_matching("0*[0-7]{1,3}", "an octal mask")(text), 8)
+
+
+def to_host(text: str) -> str:
+    return text.lower().rstrip(".")
+
+
+def to_address(text: str, default_port: str = "") -> tuple[str, int]:
+    match = re.fullmatch(r"(\[[\w:.%-]+\]|\*|[\w.-]+)(?::([0-9]{1,5}))?", text)
+    port = (match[2] or default_port) if match else ""
+    if not match or not port or int(port) > 65535:
+        raise ValueError("is not host:port or [v6 address]:port")
+    return match[1].strip("[]"), int(port)
+
+
+def to_hops(text: str) -> dict[str, int]:
+    if text.lower() in NO:
+        return {}
+    if not text or "*" in text or text.lower() in YES:
+        raise ValueError("is neither no nor a list of hosts")
+    return dict(to_address(to_host(word), str(FINGER_PORT))
+                for word in text.split())
+
+
+def to_network(text: str) -> Any:
+    """Convert a network in CIDR notation, or an address.
+
+    A network of IPv4-mapped addresses means the IPv4 one, as such clients
+    are taken for IPv4 clients.  A wider one, such as ::/0, means IPv6 only.
+    """
+    import ipaddress  # 2 ms, 1 MiB: only for those who name networks
+    try:
+        network = ipaddress.ip_network(text)
+    except ValueError as error:
+        raise ValueError(f"is not a list of networks ({error}); write e.g."
+                         " 192.0.2.0/24 2001:db8::/32") from None
+    mapped = getattr(network.network_address, "ipv4_mapped", None)
+    if mapped:
+        return ipaddress.ip_network(f"{mapped}/{network.prefixlen - 96}")
+    return network
+
+
+def to_user(text: str) -> User | None:
     if not text:
         return None
-    number = re.fullmatch("[0-9]{1,10}", text)
+    uid = to_id(text) if text.isdecimal() else None
     try:
-        entry = pwd.getpwuid(int(text)) if number else pwd.getpwnam(text)
-    except (KeyError, OverflowError):
-        if not number or int(text) >= NO_ID:
-            raise ValueError("is no user of this system") from None
-        return User(text, int(text), None)
-    return User(entry.pw_name, entry.pw_uid, entry.pw_gid)
+        entry = pwd.getpwnam(text) if uid is None else pwd.getpwuid(uid)
+        return User(entry.pw_name, entry.pw_uid, entry.pw_gid)
+    except (KeyError, ValueError):      # ValueError: there is a NUL in it
+        if uid is not None:
+            return User(text, uid, None)
+    raise ValueError("is not a user of this system; create it (adduser"
+                     f" --system {text}), or leave user empty for nobody")
 
 
-def group(text: str) -> int | None:
-    """Convert a group's name or number to the number; None if empty."""
-    if not text:
-        return None
-    if re.fullmatch("[0-9]{1,10}", text) and int(text) < NO_ID:
-        return int(text)
+def to_group(text: str) -> int | None:
+    if text.isdecimal():
+        return to_id(text)
     try:
-        return grp.getgrnam(text).gr_gid
-    except KeyError:
-        raise ValueError("is no group of this system") from None
+        return grp.getgrnam(text).gr_gid if text else None
+    except (KeyError, ValueError):
+        raise ValueError("is not a group of this system; create it (addgroup"
+                         f" --system {text}), or leave group empty for the"
+                         " user's") from None
 
 
-def octal(text: str) -> int:
-    """Convert a mask for file modes."""
-    if not re.fullmatch("0*[0-7]{1,3}", text):
-        raise ValueError("is not an octal mask")
-    return int(text, 8)
+def to_syslog(text: str) -> str | tuple[str, int]:
+    return text if re.fullmatch(f"/{PATH}*", text) else to_address(text)
 
 
-def directory(text: str) -> str:
-    """Convert the absolute path of a directory; it may be empty."""
-    if text and not os.path.isabs(text):
-        raise ValueError("is not an absolute path")
-    return path(text)
-
-
-def syslog_address(text: str) -> str | tuple[str, int]:
-    """Convert the path of a socket, or host:port of a syslog server."""
-    return text if text.startswith("/") else split_address(text)
-
-
-def one_word(text: str) -> str:
-    """Convert a word that may stand in front of the lines of a log."""
-    if not re.fullmatch("[!-~]{1,32}", text):
-        raise ValueError("is not a word of up to 32 ASCII characters")
-    return text
-
-
-def path(text: str) -> str:
-    """Convert the path of a file; it may be empty."""
-    if CONTROL.search(os.fsencode(text)):
-        raise ValueError("has a control character in it")
-    return text
-
-
-def log_target(text: str) -> str:
-    """Convert where the log goes."""
-    if not text:
-        raise ValueError("is empty")
-    return path(text)
-
-
-KINDS = {
-    "yes/no": Kind(yes_or_no, "yes"),
-    "seconds": Kind(seconds, "10"),
-    "period": Kind(period, "60"),
-    "count": Kind(count, "100"),
-    "limit": Kind(limit, "100"),
-    "size": Kind(size, "64K"),
-    "reply size": Kind(reply_size, "64K"),
-    "text": Kind(str, "some text"),
-    "words": Kind(words, "one two"),
-    "hosts": Kind(hosts, "example.org"),
-    "networks": Kind(networks, "192.0.2.0/24 2001:db8::/32"),
-    "addresses": Kind(addresses, "localhost:1079"),
-    "next hops": Kind(next_hops, "finger.example.org other.example.org:1079"),
-    "backends": Kind(backend_names, "users"),
-    "log": Kind(log_target, "/var/log/fingerd.log"),
-    "facility": Kind(one_of(*FACILITIES), "daemon"),
-    "word": Kind(one_word, "fingerd"),
-    "syslog": Kind(syslog_address, "/dev/log"),
-    "path": Kind(path, "/run/fingerd.pid"),
-    "directory": Kind(directory, "/var/empty"),
-    "user": Kind(user, "root"),
-    "group": Kind(group, "0"),
-    "octal": Kind(octal, "027"),
-    "format": Kind(one_of("text", "json"), "text"),
-    "level": Kind(one_of(*LEVELS), "info"),
+to_id = number_from(0, NO_ID - 1, "a whole number")
+KINDS: dict[str, Callable[[str], Any]] = {
+    "yes/no": to_bool,
+    "seconds": number_from(0.001, MAX_SECONDS, "a number of seconds"),
+    "period": number_from(0, MAX_SECONDS, "a number of seconds"),
+    "count": number_from(1, MAX_COUNT, "a whole number"),
+    "limit": number_from(0, MAX_COUNT, "a whole number"),
+    "size": number_from(MIN_SIZE, MAX_COUNT, "a size in bytes"),
+    "reply size": number_from(MIN_REPLY, MAX_COUNT, "a size in bytes"),
+    "text": str,                # the only one that may have several lines
+    "hosts": list_of(to_host),
+    "networks": list_of(to_network),
+    "addresses": list_of(to_address, 1),
+    "next hops": to_hops,
+    "backends": list_of(str, 1),
+    "path": text_matching(
+        f"{PATH}*", "a path; write it without control characters"),
+    "directory": text_matching(
+        f"(/{PATH}*)?", "an absolute path; write e.g. /var/empty"),
+    "log": text_matching(f"{PATH}+", "stderr, syslog or a path"),
+    "facility": one_of(*FACILITIES),
+    "word": text_matching("[!-~]{1,32}", "a word of 1 to 32 ASCII characters"),
+    "syslog": to_syslog,
+    "user": to_user,
+    "group": to_group,
+    "octal": to_mask,
+    "format": one_of("text", "json"),
+    "level": one_of(*LEVELS),
 }
 
-SETTINGS = (
-    Setting("server", "listen", "addresses", "localhost:1079",
-            "addresses to answer on: host:port, [v6]:port, *:port",
-            ("--listen",)),
-    Setting("server", "backend", "backends", "users",
-            "who is asked, in order: users, finger, web, web:NAME"),
-    Setting("server", "user_list", "yes/no", "no",
-            "answer the empty query with a list of users?"),
-    Setting("server", "forward", "next hops", "no",
-            "hosts that user@host may be forwarded to"),
-    Setting("server", "welcome", "text", "",
-            "text for the empty query, instead of a list"),
-    Setting("server", "header", "text", "", "text above each answer"),
-    Setting("server", "footer", "text", "", "text below each answer"),
-    Setting("server", "hostname", "hosts", "",
-            "names of this host; the system's when empty"),
-    Setting("server", "allow", "networks", "",
-            "networks that are answered; all when empty"),
-    Setting("server", "deny", "networks", "",
-            "networks that are not, even if allowed"),
-    Setting("limits", "timeout", "seconds", "10",
-            "seconds for the query, for the backend, and for the reply"),
-    Setting("limits", "max_query", "size", "512", "bytes in a query line"),
-    Setting("limits", "max_reply", "reply size", "64K", "bytes in a reply"),
-    Setting("limits", "max_clients", "count", "10000", "clients at a time"),
-    Setting("limits", "max_clients_per_host", "count", "100",
-            "clients at a time of one address, or IPv6 /64"),
-    Setting("limits", "queries_per_minute", "limit", "0",
-            "queries of one address; 0 for no limit"),
-    Setting("limits", "max_threads", "count", "64",
-            "backends' lookups at a time; the rest queue"),
-    Setting("daemon", "daemonize", "yes/no", "no",
-            "run in the background?"),
-    Setting("daemon", "pidfile", "path", "",
-            "file for the process number, locked while it runs",
-            ("--pidfile",)),
-    Setting("daemon", "user", "user", "",
-            "user to become when started as root; nobody when empty",
-            ("--user", "--uid")),
-    Setting("daemon", "group", "group", "",
-            "group to become; that of the user when empty",
-            ("--group", "--gid")),
-    Setting("daemon", "chroot", "directory", "",
-            "directory that becomes /; none when empty", ("--chroot",)),
-    Setting("daemon", "rundir", "path", "",
-            "directory to run in; / in the background or a chroot",
-            ("--rundir",)),
-    Setting("daemon", "umask", "octal", "027",
-            "mask for the modes of files", ("--umask",)),
-    Setting("log", "to", "log", "stderr",
-            "stderr, syslog, or the path of a file", ("-l", "--logfile")),
-    Setting("log", "format", "format", "text", "text or json"),
-    Setting("log", "level", "level", "info",
-            "least level written: " + ", ".join(LEVELS)),
-    Setting("log", "facility", "facility", "daemon", "facility for syslog"),
-    Setting("log", "prefix", "word", "fingerd",
-            "word before each line on stderr and in syslog", ("--prefix",)),
-    Setting("log", "syslog_address", "syslog", "/dev/log",
-            "socket of syslog, or host:port for UDP"),
-)
+# Rows are name, kind, default, help, and the options of the command line.
+CORE: dict[str, tuple[tuple[str, ...], ...]] = {
+    "server": (
+        ("listen", "addresses", "localhost:1079",
+         "addresses to answer on: host:port, [v6]:port, *:port", "--listen"),
+        ("backend", "backends", "users",
+         "backends to ask, in order: users, finger, web, web:NAME"),
+        ("user_list", "yes/no", "no",
+         "answer the empty query with a list of users?"),
+        ("forward", "next hops", "no",
+         "hosts that user@host may be forwarded to"),
+        ("welcome", "text", "", "text for the empty query, instead of a list"),
+        ("header", "text", "", "text above each answer"),
+        ("footer", "text", "", "text below each answer"),
+        ("hostname", "hosts", "", "names of this host; empty: the system's"),
+        ("allow", "networks", "", "networks that are answered; empty: all"),
+        ("deny", "networks", "", "networks that are not, even if allowed"),
+    ),
+    "limits": (
+        ("timeout", "seconds", "10",
+         "seconds for the query, for the backend, and for the reply"),
+        ("max_query", "size", "512", "bytes in a query line"),
+        ("max_reply", "reply size", "64K", "bytes in a reply"),
+        ("max_clients", "count", "10000", "clients at a time"),
+        ("max_clients_per_host", "count", "100",
+         "clients at a time from one address or IPv6 /64"),
+        ("queries_per_minute", "limit", "0",
+         "queries from one address or IPv6 /64; 0: no limit"),
+        ("max_threads", "count", "64", "lookups at a time; the rest queue"),
+    ),
+    "daemon": (
+        ("daemonize", "yes/no", "no", "run in the background?"),
+        ("pidfile", "path", "",
+         "file for the process number, locked while it runs", "--pidfile"),
+        ("user", "user", "", "user that root becomes; empty: nobody",
+         "--user", "--uid"),
+        ("group", "group", "", "group that root gets; empty: the user's",
+         "--group", "--gid"),
+        ("chroot", "directory", "", "directory that becomes /; empty: none",
+         "--chroot"),
+        ("rundir", "path", "",
+         "directory to run in; empty: / in the background or a chroot",
+         "--rundir"),
+        ("umask", "octal", "027", "mask for the modes of files", "--umask"),
+    ),
+    "log": (
+        ("to", "log", "stderr", "stderr, syslog, or the path of a file",
+         "-l", "--logfile"),
+        ("format", "format", "text", "text or json"),
+        ("level", "level", "info", "least level: " + ", ".join(LEVELS)),
+        ("facility", "facility", "daemon", "facility for syslog"),
+        ("prefix", "word", "fingerd",
+         "word before each line on stderr and in syslog", "--prefix"),
+        ("syslog_address", "syslog", "/dev/log",
+         "socket of syslog, or host:port for UDP"),
+    ),
+}
+SETTINGS = tuple(Setting(section, name, kind, default, text, tuple(flags))
+                 for section, rows in CORE.items()
+                 for name, kind, default, text, *flags in rows)
+
+
+# ---- Config file ----------------------------------------------------------
+
+# Not configparser: it stops at the first error, does not know the line of a
+# value, and joins a setting that is indented to the value above it.
+BLOCK = re.compile(r"(?m)^(?=[^\s#])")      # starts at a line in the margin
+INDENTED = re.compile(r"(?m)^[^\S\n]+\S")
+UNASKED = re.compile("[\0- \x7f-\x9f@]|^/[Ww]$")    # what no query asks for
+
+
+class ConfigError(Exception):
+    """What is wrong with the config or the command line; an arg is a line."""
+
+    config: Any = None          # with defaults where there are errors
+
+    def __str__(self) -> str:
+        return "\n".join(line.replace("\n", "\\n") for line in self.args)
+
+
+class Notes(list):
+    """Errors or warnings with their lines; line 0 is the command line."""
+
+    def add(self, line: int, text: str) -> None:
+        self.append((line, text))
+
+    def texts(self, path: str) -> list[str]:
+        return [f"{path}:{line}: {text}" if line else text
+                for line, text in sorted(self)]
 
 
 class Entry(NamedTuple):
-    """A value as it stands in the file."""
+    """A setting as it is in the file, or the header of a section."""
 
     line: int
-    name: str
-    text: str
-    indented: int               # number of its first indented line, or 0
+    name: str                   # of a header with its brackets
+    text: str                   # on this line
+    below: str                  # indented lines, empty ones and comments
 
 
-class Section(NamedTuple):
-    """A section as it stands in the file, its entries by lower-case name."""
-
-    line: int
-    entries: dict[str, Entry]
+Sections = Dict[str, Dict[str, Entry]]  # by name; in lower case, "" the header
 
 
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """Give the end of an error about a word that is none of the choices."""
-    import difflib  # costs a start 10 ms, and only errors need it
+def read_config(path: str, report: Callable[..., None],
+                overrides: dict[str, str] | None = None,
+                old: Any = None) -> Any:
+    """Read a config; raise ConfigError with all its errors.
+
+    report(backend, text, level) is for what backends have to say, overrides
+    are texts of the command line by setting, old is the config that a reload
+    replaces.  The result has a namespace of settings for each section, and:
+    path; raw_values, texts by section and name; lines, where a setting is,
+    by name; backends, pairs of name and object; warnings, lines of text.
+    """
+    errors = Notes()
+    sections = parse_config(read_text(path), errors)
+    config = convert_core(sections, overrides or {}, old, errors)
+    config.path = path
+    chroot = "" if old else config.daemon.chroot
+    config.backends = make_backends(config, sections, report, chroot, errors)
+    config.warnings = check_others(config, sections, errors).texts(path)
+    if errors:
+        count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
+        where = f"in {path}" if max(errors)[0] else "on the command line"
+        failure = ConfigError(*errors.texts(path),
+                              f"{count} {where}, not started")
+        failure.config = config
+        raise failure
+    return config
+
+
+def read_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read()
+    except OSError as error:
+        raise ConfigError(f"cannot read the config: {reason(error)};"
+                          " name another with --config") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: is not UTF-8; convert the file,"
+                          " e.g. with iconv -f latin1 -t utf-8") from None
+
+
+def suggest(word: str, choices: Iterable[str]) -> str:
+    """Give the end of an error about a word that is not one of the choices."""
+    import difflib  # 10 ms: only errors need it
     names = list(choices)
-    close = difflib.get_close_matches(word, names, 1)
-    if close:
-        return f"; did you mean {close[0]}?"
+    for close in difflib.get_close_matches(word, names, 1):
+        return f"; did you mean {close}?"
     return f"; there are {', '.join(names)}"
 
 
-def read_blocks(lines: Iterable[str]) -> Iterator[tuple[int, list[str], int]]:
-    """Yield each line at the margin with all below it, up to the next.
+# From lines to texts.
 
-    With it come its number and that of its first indented line, or 0.
-    Lines that start with # are left out.
-    """
-    start, indented = 0, 0
-    block: list[str] = []
-    for number, line in enumerate(map(str.rstrip, lines), 1):
-        if line.startswith("#"):
-            continue
-        if not line or line[0] in " \t":
-            indented = indented or (number if line else 0)
-            block.append(line)
-            continue
-        yield start, block, indented
-        start, block, indented = number, [line], 0
-    yield start, block, indented
-
-
-def join_lines(first: str, below: list[str]) -> str:
-    """Join a value's lines, less the indentation that the first below has."""
-    while below and not below[-1]:      # blank lines behind it are no part
-        below.pop()
-    if not below:
-        return first
-    top = next(filter(None, below))
-    indent = top[:len(top) - len(top.lstrip())]
-    below = [line[len(indent):] if line.startswith(indent) else line.lstrip()
-             for line in below]
-    return "\n".join([first, *below] if first else below)
-
-
-class ConfigReader:
-    """Reads a config file, keeps every error, so that one run tells all.
-
-    Not configparser: it stops at the first error, does not know the line of
-    a value, and joins a setting that is indented to the value above it.
-    """
-
-    def __init__(self, path: str, report: Callable[[str, str], None],
-                 overrides: dict[str, str] | None = None,
-                 old: Any = None) -> None:
-        """Read what is at path; for a reload, old is what read() gave."""
-        self.path = path
-        self.report = report        # called with a backend's name and text
-        self.overrides = overrides or {}        # by the name of the setting
-        self.old = old
-        self.texts: dict[tuple[str, str], str] = {}     # section and name
-        self.errors: list[tuple[int, str]] = []
-        self.sections: dict[str, Section] = {}
-
-    def read(self) -> Any:
-        """Give a namespace of sections, each a namespace of its settings.
-
-        It has path, texts (of the settings) and backends (pairs of name and
-        object) besides.  Raises ConfigError with all errors in line order,
-        and their count.
-        """
-        self.parse(self.read_text())
-        config = types.SimpleNamespace(path=self.path, texts=self.texts)
-        for name in dict.fromkeys(row.section for row in SETTINGS):
-            rows = [row for row in SETTINGS if row.section == name]
-            values = self.convert_section(name, rows)
-            setattr(config, name, types.SimpleNamespace(**values))
-        config.backends = self.make_backends(
-            config.server.backend, "" if self.old else config.daemon.chroot)
-        self.raise_errors()
-        return config
-
-    def read_text(self) -> io.StringIO:
-        """Give the file's lines, however they end."""
-        data = b""
-        try:
-            with open(self.path, "rb") as file:
-                data = file.read()
-            return io.StringIO(data.decode("utf-8-sig"), None)
-        except OSError as error:
-            raise ConfigError(f"cannot read the config: {reason(error)};"
-                              " name another with --config") from None
-        except UnicodeDecodeError as error:
-            line = data.count(b"\n", 0, error.start) + 1
-            raise ConfigError(f"{self.path}:{line}: is not UTF-8; convert the"
-                              " file, e.g. with iconv -f latin1 -t utf-8"
-                              ) from None
-
-    def raise_errors(self) -> None:
-        if not self.errors:
-            return
-        lines = [f"{self.path}:{line}: {message}" if line else message
-                 for line, message in sorted(self.errors)]
-        where = "on the command line"
-        if max(self.errors)[0]:
-            where = f"in {self.path}"
-        number = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
-        raise ConfigError("\n".join(
-            [*lines, f"{number} {where}, not started"]))
-
-    def error(self, line: int, message: str) -> None:
-        """Note what is wrong; line 0 is the command line."""
-        self.errors.append((line, message))
-
-    # From lines to texts.
-
-    def parse(self, lines: Iterable[str]) -> None:
-        """Fill self.sections."""
-        section = None
-        for start, block, indented in read_blocks(lines):
-            if block and block[0].startswith("["):
-                section = self.parse_section(start, block[0])
-            elif start:
-                self.parse_entry(section, start, block, indented)
-                continue
-            if indented:
-                self.error_indented(indented)
-
-    def error_indented(self, line: int, name: str = "") -> None:
-        self.error(line, name + "indented line outside a text value; write it"
-                                " without spaces in front")
-
-    def parse_section(self, number: int, line: str) -> Section:
-        """Open a section; one that will not do is read and forgotten."""
-        section = Section(number, {})
-        name = line[1:-1].strip()
-        if line[-1] != "]" or not name:
-            self.error(number, f'"{line}" is no section; write [name]')
-        elif name in self.sections:
-            section = self.sections[name]
-            self.error(number, f"[{name}]: stands on line {section.line}"
-                               " already; make them one")
-        else:
-            self.sections[name] = section
-        return section
-
-    def parse_entry(self, section: Section | None, start: int,
-                    block: list[str], indented: int) -> None:
-        """Put one setting into its section."""
-        name, equals, text = block[0].partition("=")
-        name = name.rstrip()
+def parse_config(text: str, errors: Notes) -> Sections:
+    """Sort settings into sections; two of the same name are read as one."""
+    sections: Sections = {}
+    entries: dict[str, Entry] | None = None
+    start, *blocks = BLOCK.split(text)
+    check_single(0, start, errors)
+    number = start.count("\n") + 1
+    for block in blocks:
+        line, _, below = block.partition("\n")
+        line = line.rstrip()
+        name, equals, value = map(str.strip, line.partition("="))
         key = name.lower()
+        if line[0] == "[" and line[-1] == "]":
+            name, equals, value, key = line, "=", "", ""
+            entries = sections.setdefault(line[1:-1].strip(), {})
+            check_single(number, below, errors)
+        entry = Entry(number, name, value, below)
         if not equals or not name:
-            self.error(start, f'"{block[0]}" is neither a section nor a'
-                              " setting; write [section] or name = value")
-        elif section is None:
-            self.error(start, f"{name}: stands in no section; write"
-                              " its [section] above it")
-        elif key in section.entries:
-            known = section.entries[key]
-            self.error(start, f"{name}: stands on line {known.line} already;"
-                              " keep one of the two")
-        else:
-            text = join_lines(text.lstrip(), block[1:])
-            section.entries[key] = Entry(start, name, text, indented)
+            errors.add(number, f'"{line}" is neither a section nor a setting;'
+                               " write [section] or name = value")
+        elif entries is None:
+            errors.add(number, f"{name}: outside any section; write its"
+                               " [section] above it")
+        elif entries.setdefault(key, entry) is not entry:
+            errors.add(number, f"{name}: already on line {entries[key].line};"
+                               " write it once")
+        number += block.count("\n")
+    return sections
 
-    # From texts to values.
 
-    def convert_section(self, name: str,
-                        rows: Iterable[Setting]) -> dict[str, Any]:
-        """Give the values of the rows, and complain of any other setting."""
-        entries = dict(self.sections[name].entries
-                       if name in self.sections else {})
-        values = {row.name: self.convert(row, entries.pop(row.name, None))
-                  for row in rows}
-        for entry in entries.values():
-            self.error(entry.line, f"{entry.name}: no such setting of [{name}]"
-                       + did_you_mean(entry.name, values))
-        return values
+def check_single(line: int, below: str, errors: Notes) -> None:
+    """Note the first indented line below one that takes none."""
+    match = INDENTED.search(below)
+    if match:
+        errors.add(line + 1 + below.count("\n", 0, match.start()),
+                   "indented line outside a text value; write it without"
+                   " spaces in front")
 
-    def convert(self, row: Setting, entry: Entry | None) -> Any:
-        """Give one value; on error note it, and give the default."""
-        value = KINDS[row.kind].convert(row.default)
-        text = self.overrides.get(row.name, entry.text if entry
-                                  else row.default)
-        self.texts[row.section, row.name] = text
-        if self.old and row.section == "daemon":    # a user means nothing
-            return getattr(self.old.daemon, row.name)   # inside a chroot
-        if entry:
-            written = entry.text
-            if entry.indented and KINDS[row.kind].convert is not str:
-                self.error_indented(entry.indented, f"{row.name}: ")
-                written = written.partition("\n")[0]
-            value = self.convert_text(row, row.name, " = ", written,
-                                      entry.line, value)
-        if row.name in self.overrides:
-            flag = row.flags[-1] if row.flags else "--" + row.name
-            value = self.convert_text(row, flag, " ", text, 0, value)
-        return value
 
-    def convert_text(self, row: Setting, name: str, equals: str, text: str,
-                     line: int, default: Any) -> Any:
-        kind = KINDS[row.kind]
+def full_text(entry: Entry) -> str:
+    """Give all lines of a text, those below without their indentation."""
+    if not entry.below:
+        return entry.text
+    lines = [line.rstrip() for line in entry.below.split("\n")
+             if not line.startswith("#")]
+    below = textwrap.dedent("\n".join(lines)).rstrip("\n")
+    return "\n".join(filter(None, [entry.text, below]))
+
+
+# From texts to values.
+
+def convert_core(sections: Sections, overrides: dict[str, str], old: Any,
+                 errors: Notes) -> Any:
+    """Make a config of the sections in CORE."""
+    config = types.SimpleNamespace(raw_values={}, lines={})
+    for section in CORE:
+        rows = [row for row in SETTINGS if row.section == section]
+        if old and section == "daemon":
+            # It is kept.  To look up a user may take a network, and finds
+            # nobody in a chroot.
+            rows = [row._replace(kind="text") for row in rows]
+        entries = sections.get(section, {})
+        values = convert_section(rows, entries, errors)
+        for row in rows:
+            text = row.default
+            if row.name in entries:
+                config.lines[row.name] = entries[row.name].line
+                text = full_text(entries[row.name])
+            if row.name in overrides:
+                text = overrides[row.name]
+                values[row.name] = convert_text(row, text, 0, errors)
+                config.lines[row.name] = 0
+            config.raw_values[section, row.name] = text
+        setattr(config, section, types.SimpleNamespace(**values))
+    if old:
+        config.daemon = old.daemon
+    return config
+
+
+def convert_section(rows: list[Setting], entries: dict[str, Entry],
+                    errors: Notes) -> dict[str, Any]:
+    """Give the value of each row; note entries that no row is for."""
+    values = {row.name: KINDS[row.kind](row.default) for row in rows}
+    known = {row.name: row for row in rows}
+    for key, entry in entries.items():
+        if key in known:
+            values[key] = convert_entry(known[key], entry, errors)
+        elif key:
+            errors.add(entry.line, f"{entry.name}: no such setting"
+                                   + suggest(key, known))
+    return values
+
+
+def convert_entry(row: Setting, entry: Entry, errors: Notes) -> Any:
+    if KINDS[row.kind] is str:
+        return full_text(entry)
+    check_single(entry.line, entry.below, errors)
+    return convert_text(row, entry.text, entry.line, errors)
+
+
+def convert_text(row: Setting, text: str, line: int, errors: Notes) -> Any:
+    """Give the value of a text, the default if it is bad; note why."""
+    try:
+        return KINDS[row.kind](text)
+    except ValueError as error:
+        name, equals = row.name, " ="
+        if not line:
+            name, equals = max(row.flags, key=len), ""
+        wrong = f'{name}: "{text}" {error}'
+        if row.default and "; " not in str(error):
+            wrong += f"; write e.g. {name}{equals} {row.default}"
+        errors.add(line, wrong)
+        return KINDS[row.kind](row.default)
+
+
+# From values to backends.
+
+def make_backends(config: Any, sections: Sections,
+                  report: Callable[..., None], chroot: str,
+                  errors: Notes) -> tuple[Any, ...]:
+    """Make the backends that are named."""
+    made = []
+    names = config.server.backend
+    line = config.lines.get("backend", 0)
+    if len(set(names)) < len(names):
+        errors.add(line, "backend: names one twice; name each once")
+    for name in dict.fromkeys(names):
+        label = "" if name in sections else f"[{name}]: "
+        entries = sections.setdefault(name, {"": Entry(line, "", "", "")})
         try:
-            return kind.convert(text)
+            cls = find_backend(name)
         except ValueError as error:
-            example = row.default or kind.example
-            self.error(line, f'{name}: "{text}" {error};'
-                             f" write e.g. {name}{equals}{example}")
-            return default
-
-    # From values to backends.
-
-    def make_backends(self, names: tuple[str, ...],
-                      chroot: str) -> tuple[Any, ...]:
-        """Build the backends, and complain of sections that are of none."""
-        made = []
-        core = {row.section for row in SETTINGS}
-        others = [name for name in self.sections if name not in core]
-        for name in dict.fromkeys([*names, *others]):
-            try:
-                cls = find_backend(name)
-            except ValueError as error:
-                self.error_backend(name, name in names, error)
-                continue
-            except ImportError as error:
-                if not self.old:
-                    raise
-                self.error_backend(name, name in names,
-                                   f"cannot be loaded any more ({error});"
-                                   " restart instead of a reload")
-                continue
-            options = self.backend_options(name, cls)
-            if name in names and options is not None:
-                made.append((name, self.make_backend(name, cls, options,
-                                                     chroot)))
-        return tuple(made)
-
-    def error_backend(self, name: str, wanted: bool, error: Any) -> None:
-        """Complain of the backend = line, or of a section that is of none."""
-        missing = "which is not beside" in str(error)
-        if wanted:
-            line = self.sections["server"].entries["backend"].line
-            self.error(line, f'backend: "{name}" {error}'
-                       + ", or write backend = users" * missing)
-            return
-        core = [f"[{row}]" for row in dict.fromkeys(
-            row.section for row in SETTINGS)]
-        guess = did_you_mean(f"[{name}]", core)
-        if missing and "did you mean" not in guess:
-            guess = f"{error}, or remove the section"
-        else:
-            guess = "no such section" + guess
-        self.error(self.sections[name].line, f"[{name}]: {guess}")
-
-    def backend_options(self, name: str, cls: Any) -> dict[str, Any] | None:
-        """Give the values of a backend's section, None if any is wrong."""
-        section = self.sections.get(name, Section(0, {}))
-        before = len(self.errors)
-        if cls.settings is not None:
-            rows = [Setting(name, *row) for row in cls.settings]
-            options = self.convert_section(name, rows)
-        else:
-            options = {e.name: e.text for e in section.entries.values()}
-            for entry in section.entries.values():
-                if re.search("[\0- \x7f-\x9f@]|^/[Ww]$", entry.name):
-                    self.error(entry.line, f"{entry.name}: nobody can ask for"
-                               " it; write a name without spaces and @")
-        return options if len(self.errors) == before else None
-
-    def make_backend(self, name: str, cls: Any, options: Any,
-                     chroot: str) -> Any:
-        """Build one backend; its ValueError begins with the setting."""
+            errors.add(line, f'backend: "{name}" {error}')
+            continue
+        options = convert_options(cls, name, entries, errors)
         try:
-            backend = cls(options, functools.partial(self.report, name))
+            backend = cls(options, functools.partial(report, name))
             if chroot and hasattr(backend, "enter_chroot"):
                 backend.enter_chroot(chroot)
-            return backend
+            made.append((name, backend))
         except ValueError as error:
-            section = self.sections.get(name, Section(0, {}))
-            setting = str(error).partition(":")[0]
-            entry = section.entries.get(setting)
-            where = "" if section.line else f"{self.path}: [{name}] "
-            self.error(entry.line if entry else section.line,
-                       f"{where}{error}")
+            place_notes(entries, [label + text for text
+                                  in str(error).splitlines()], errors)
+    return tuple(made)
+
+
+def check_others(config: Any, sections: Sections, errors: Notes) -> Notes:
+    """Check the sections of no backend that is named; give all warnings."""
+    warnings = Notes()
+    for name, backend in config.backends:
+        place_notes(sections[name], getattr(backend, "warnings", ()), warnings)
+    for name, entries in sections.items():
+        if name in CORE or name in config.server.backend:
+            continue
+        line = entries[""].line
+        try:
+            cls = find_backend(name, tuple(CORE))
+            convert_options(cls, name, entries, errors)
+        except ValueError as error:
+            errors.add(line, f"[{name}]: {error}")
+        warnings.add(line, f"[{name}]: is not used; add {name} to backend, or"
+                           " remove the section")
+    return warnings
+
+
+def convert_options(cls: Any, name: str, entries: dict[str, Entry],
+                    errors: Notes) -> dict[str, Any]:
+    """Give what a backend is made of: the values, or texts, of its section."""
+    if cls.settings is not None:
+        rows = [Setting(name, *row) for row in cls.settings]
+        return convert_section(rows, entries, errors)
+    users = [entry for key, entry in entries.items() if key]
+    for entry in users:
+        if UNASKED.search(entry.name):
+            errors.add(entry.line, f"{entry.name}: no query can match this"
+                                   " name; write it without spaces and @")
+    return {entry.name: full_text(entry) for entry in users}
+
+
+def place_notes(entries: dict[str, Entry], texts: Iterable[str],
+                notes: Notes) -> None:
+    """Note what a backend says, `setting: text`, on the setting's line.
+
+    A setting with a note is passed over: the backend saw the default.
+    """
+    known = {(line, text.partition(":")[0]) for line, text in notes}
+    for text in texts:
+        setting = text.partition(":")[0]
+        entry = entries.get(setting, entries[""])
+        if (entry.line, setting) not in known:
+            notes.add(entry.line, text)
 
 
 # ---- Log ------------------------------------------------------------------
@@ -2609,13 +2545,13 @@ def choose_ids(daemon: Any) -> tuple[str, int, int] | None:
                              " group and chroot")
         return None
     try:
-        chosen: Any = daemon.user or user("nobody")
+        chosen: Any = daemon.user or to_user("nobody")
         gid = chosen.gid if daemon.group is None else daemon.group
         if gid is None:
             gid = pwd.getpwnam("nobody").pw_gid
     except (KeyError, ValueError):
         raise StartError('there is no user "nobody"; write user = NAME and'
-                         " group = NAME, or user = root") from None
+                         " group = NAME") from None
     return chosen.name, chosen.uid, gid
 
 
@@ -2831,7 +2767,7 @@ class Daemon:
     """The process: how it starts, what signals do, how it ends."""
 
     def __init__(self, config: Any, log: Log,
-                 reader: Callable[..., ConfigReader]) -> None:
+                 reader: Callable[..., Any]) -> None:
         self.config = config
         self.log = log
         self.reader = reader            # of the config
@@ -2947,7 +2883,7 @@ class Daemon:
     def report_ready(self, listeners: list[socket.socket]) -> None:
         """Write the first lines of the log, and let systemd know."""
         event = self.log.event
-        for (section, name), text in self.config.texts.items():
+        for (section, name), text in self.config.raw_values.items():
             event("debug", "setting", section=section, name=name, value=text)
         if self.ids and not self.config.daemon.user:
             event("notice", "user", name=self.ids[0],
@@ -3033,7 +2969,7 @@ class Daemon:
         path = self.path(self.config.path)
         if os.path.exists(path) and not os.path.isfile(path):
             raise ConfigError(f"{path} is not a regular file")
-        config = self.reader(path, old=self.config).read()
+        config = self.reader(path, old=self.config)
         config.path = self.config.path
         return config
 
@@ -3051,13 +2987,13 @@ class Daemon:
         """Log what a reload cannot change, and keep it."""
         for row in SETTINGS:
             key = section, name = row.section, row.name
-            old, new = self.config.texts[key], config.texts[key]
+            old, new = self.config.raw_values[key], config.raw_values[key]
             if new != old and (
                     section == "daemon" or name in ("listen", "syslog_address")
                     or (section, name, new) == ("log", "to", "syslog")):
                 self.log.event("warning", "not-reloaded", setting=name,
                                reason="only a restart can change it")
-                config.texts[key] = old
+                config.raw_values[key] = old
                 setattr(getattr(config, section), name,
                         getattr(getattr(self.config, section), name))
 
@@ -3074,104 +3010,94 @@ class Daemon:
 
 DEFAULT_TIMEOUT = 60.0          # seconds, if the config has errors
 STOP_WAIT = 5.0                 # seconds beyond the timeout, for --stop
-BUNDLE_MAIN = "import fingerd, sys\nsys.exit(fingerd.main())\n"
-COMMANDS = {
-    "check": "check the config: status 0 if good, 2 if not",
-    "status": "tell whether the pidfile's daemon runs: 0 yes, 3 no",
-    "stop": "stop it, and wait until it has ended",
-    "reload": "have it take up its config anew",
-    "inetd": "serve the one connection on standard input",
-    "version": "print the version, and end",
-    "help": "print this and all settings, and end",
-}
+
+# Options with a value: flags, attribute, what the value is called, help.
+OPTIONS = (
+    (("--config",), "config", "FILE", "config; " + " or ".join(CONFIG_FILES)),
+    *((row.flags, row.name, "VALUE", row.help)
+      for row in SETTINGS if row.flags),
+    (("--query",), "query", "LINE", "print what a client would get"),
+    (("--from",), "address", "ADDRESS", "for --query: the client's address"),
+    (("--bundle",), "bundle", "FILE", "write one file with every backend"),
+)
+# Options without a value: flags, attribute, what it is set to, help.
+SWITCHES = (
+    (("-d", "--daemon"), "daemonize", "yes", "daemonize = yes"),
+    (("-n", "--nodaemon"), "daemonize", "no", "daemonize = no"),
+    (("--syslog",), "to", "syslog", "to = syslog"),
+    (("--check",), "check", True, "check the config: status 0 good, 2 bad"),
+    (("--status",), "status", True,
+     "report on the daemon: status 0 runs, 1 dead, 3 does not run, 4 unknown"),
+    (("--stop",), "stop", True, "stop the daemon, and wait until it ends"),
+    (("--reload",), "reload", True, "have the daemon reload its config"),
+    (("--inetd",), "inetd", True, "serve the connection on standard input"),
+    (("--version",), "version", True, "print the version"),
+    (("--help",), "help", True, "print this, and all settings"),
+)
 
 
-class Option(NamedTuple):
-    """One option of the command line."""
+class Parser(argparse.ArgumentParser):
+    """Raises its errors, which argparse would print, as ConfigError."""
 
-    flags: tuple[str, ...]
-    name: str           # of what it sets
-    argument: str       # what must follow it; "" for nothing
-    value: Any          # that it sets when nothing follows
-    help: str
+    def error(self, message: str) -> NoReturn:
+        text = re.sub("^argument ", "", message)
+        raise ConfigError(f"{text}; see --help")
 
 
-def make_options() -> list[Option]:
-    """List the options; those that override a setting come from SETTINGS."""
-    return [
-        Option(("--config",), "config", "FILE", None,
-               f"the config; else {' or '.join(CONFIG_FILES)}"),
-        *(Option(row.flags, row.name, "VALUE", None, row.help)
-          for row in SETTINGS if row.flags),
-        Option(("-d", "--daemon"), "daemonize", "", "yes", "daemonize = yes"),
-        Option(("-n", "--nodaemon"), "daemonize", "", "no", "daemonize = no"),
-        Option(("--syslog",), "to", "", "syslog", "to = syslog"),
-        *(Option(("--" + name,), name, "", True, does)
-          for name, does in COMMANDS.items()),
-        Option(("--query",), "query", "LINE", None,
-               "print what a client would get, and end"),
-        Option(("--from",), "client", "ADDRESS", None,
-               "for --query: the client's address"),
-        Option(("--bundle",), "bundle", "FILE", None,
-               "write one program that has every backend"),
-    ]
+def make_parser() -> Parser:
+    parser = Parser(
+        usage="fingerd.py [OPTION]...", add_help=False, allow_abbrev=False,
+        description="Answer finger queries (RFC 1288) from a config file.")
+    for flags, name, value, text in OPTIONS:
+        parser.add_argument(*flags, dest=name, metavar=value, help=text)
+    for flags, name, const, text in SWITCHES:
+        parser.add_argument(*flags, dest=name, action="store_const",
+                            const=const, help=text)
+    return parser
 
 
-def parse_options(argv: list[str]) -> types.SimpleNamespace:
-    """Give what the options set, None for the others, or ConfigError.
-
-    getopt, for argparse takes as long to load as all else that we need.
-    """
-    rows = {flag: row for row in make_options() for flag in row.flags}
-    short = "".join(flag[1:] + ":" * bool(row.argument)
-                    for flag, row in rows.items() if flag[1] != "-")
-    long = [flag[2:] + "=" * bool(row.argument)
-            for flag, row in rows.items() if flag[1] == "-"]
-    try:
-        found, rest = getopt.gnu_getopt(argv, short, long)
-    except getopt.GetoptError as error:
-        raise ConfigError(f"{error}; see --help") from None
+def parse_options(argv: list[str]) -> Any:
+    """Give what the options set, None for the others, or ConfigError."""
+    args, rest = make_parser().parse_known_args(join_values(argv))
     if rest:
-        raise ConfigError(f'"{rest[0]}" is no option; see --help')
-    args = types.SimpleNamespace(**{row.name: None for row in rows.values()})
-    for flag, value in found:
-        row = rows[flag]
-        setattr(args, row.name, value if row.argument else row.value)
+        raise ConfigError(f'"{rest[0]}" is not an option; see --help')
+    for name, value in vars(args).items():
+        if value == []:         # argparse before 3.13 drops the value --
+            setattr(args, name, "--")
     return args
 
 
-def help_text() -> str:
-    """Spell what --help prints."""
-    lines = ["usage: fingerd.py [OPTION]...", "",
-             "Answer finger queries (RFC 1288) from a config file.", "",
-             "options:"]
-    for row in make_options():
-        flags = ", ".join(row.flags) + f" {row.argument}".rstrip()
-        lines.append(f"  {flags:20} {row.help}")
-    return "\n".join([*lines, "", settings_text(), ""])
+def join_values(argv: list[str]) -> list[str]:
+    """Join options and values with =, so that a value may begin with -."""
+    with_value = {flag for flags, *_ in OPTIONS for flag in flags}
+    joined = []
+    words = iter(argv)
+    for word in words:
+        value = next(words, None) if word in with_value else None
+        joined.append(word if value is None else f"{word}={value}")
+    return joined
 
 
 def settings_text() -> str:
-    """List the settings of all sections with their defaults."""
+    """List all settings with their defaults, section by section."""
     rows = list(SETTINGS)
-    with contextlib.suppress(ValueError):   # alone: then those of users only
+    with contextlib.suppress(ValueError):   # this file alone: only its own
         for name, cls in load_backends().items():
             rows += [Setting(name, *row) for row in cls.settings or ()]
+    rows.append(Setting("users", "NAME", "text", "TEXT",
+                        "a user, and the text about that user"))
     lines = ["settings of the config file, and their defaults:"]
-    section = ""
-    for row in rows:
-        if row.section != section:
-            section = row.section
-            lines += ["", f"[{section}]"]
-        lines += [f"  {row.name} = {row.default}".rstrip(),
-                  f"        {row.help}"]
-    lines += ["", "[users]", "  NAME = TEXT",
-              "        a user, and what is said of that user"]
+    for section in dict.fromkeys(row.section for row in rows):
+        lines += ["", f"[{section}]"]
+        for row in rows:
+            if row.section == section:
+                lines += [f"  {row.name} = {row.default}".rstrip(),
+                          f"        {row.help}"]
     return "\n".join(lines)
 
 
 def find_config(path: str | None) -> str:
-    """Give the path of the config: the one named, or one that is there."""
+    """Give the path of the config: the one named, or one that exists."""
     if path is not None:
         return path
     for known in CONFIG_FILES:
@@ -3182,13 +3108,13 @@ def find_config(path: str | None) -> str:
                                   " root; name it with --config if you trust"
                                   " it")
             return known
-    raise ConfigError(f"there is no {' and no '.join(CONFIG_FILES)}; copy"
+    raise ConfigError(f"neither {' nor '.join(CONFIG_FILES)} exists; copy"
                       " fingerd.conf.example to one of them, or name a file"
                       " with --config")
 
 
 def print_reply(config: Any, log: Log, line: str, client: str) -> int:
-    """Print what this client would get for a line; 1 if a backend failed."""
+    """Print what a client would get for a line; 1 if a backend failed."""
     import ipaddress  # not needed to serve
     try:
         client = plain_address(client)
@@ -3197,22 +3123,11 @@ def print_reply(config: Any, log: Log, line: str, client: str) -> int:
         raise ConfigError(f'--from: "{client}" is not an address; write'
                           " e.g. --from 192.0.2.7") from None
     site = Answers(config, log)
-    if os.geteuid() == 0:       # no program is run as root, for no query
+    ids = choose_ids(config.daemon) if os.geteuid() == 0 else None
+    if ids:                     # no program is run as root
         load_late_imports()
-        child = os.fork()
-        if child:
-            return os.WEXITSTATUS(os.waitpid(child, 0)[1])
-        try:
-            drop_privileges(*choose_ids(config.daemon) or ("root", 0, 0))
-            os._exit(say_reply(site, line, client))
-        finally:
-            os._exit(1)
-    return say_reply(site, line, client)
-
-
-def say_reply(site: Answers, line: str, client: str) -> int:
-    """Print the reply itself; give the status."""
-    text = QueryLine(site.limits.max_query)
+        drop_privileges(*ids)
+    text = QueryLine(config.limits.max_query)
     reply = FIXED_REPLIES["denied"]
     if site.allows(client):
         try:
@@ -3220,7 +3135,7 @@ def say_reply(site: Answers, line: str, client: str) -> int:
                 text.add(b"")
             reply = site.answer(
                 parse_query(bytes(text.text), lambda: site.names), client,
-                time.monotonic() + site.limits.timeout)
+                time.monotonic() + config.limits.timeout)
         except MalformedQuery:
             reply = FIXED_REPLIES["malformed"]
         except LineTooLong:
@@ -3230,7 +3145,7 @@ def say_reply(site: Answers, line: str, client: str) -> int:
 
 
 def control(args: types.SimpleNamespace,
-            reader: Callable[..., ConfigReader]) -> int:
+            reader: Callable[..., Any]) -> int:
     """Act on the running daemon; give the exit status.
 
     A pidfile is enough: the config may have errors by now.
@@ -3249,18 +3164,14 @@ def control(args: types.SimpleNamespace,
     return 0
 
 
-def read_for_control(path: str | None, reader: Callable[..., ConfigReader]
+def read_for_control(path: str | None, reader: Callable[..., Any]
                      ) -> tuple[Any, str, str]:
     """Give the config or None, its pidfile if that is good, and the errors."""
-    text = ""
     try:
-        reading = reader(find_config(path))
-        try:
-            config = reading.read()
-        finally:
-            text = reading.texts.get(("daemon", "pidfile"), "")
+        config = reader(find_config(path))
     except ConfigError as error:
-        return None, text if text.isprintable() else "", str(error)
+        known = error.config
+        return None, known.daemon.pidfile if known else "", str(error)
     return config, config.daemon.pidfile, ""
 
 
@@ -3358,57 +3269,58 @@ def refuse_for_inetd(sock: socket.socket, log: Log, error: Exception) -> None:
             log.event("error", "not-started", reason=line)
 
 
-def compiled(name: str, source: str) -> bytes:
-    """Compile a module to what this Python loads at once (PEP 552)."""
-    import importlib.util
-    import marshal
-    unchecked = (1).to_bytes(4, "little")   # the source beside it is the same
-    return (importlib.util.MAGIC_NUMBER + unchecked
-            + importlib.util.source_hash(source.encode())
-            + marshal.dumps(compile(source, f"{name}.py", "exec",
-                                    dont_inherit=True)))
-
-
 def write_bundle(path: str) -> None:
-    """Write a zipapp of both files, which anybody may run.
+    """Write a zipapp of both files that anybody may run.
 
-    It has them compiled, too: a Python of the same version starts sooner.
+    It holds them compiled, too, for a quicker start on the same Python.
     """
-    import importlib.util
-    import zipfile
-    files: dict[str, str | bytes] = {"__main__.py": BUNDLE_MAIN}
+    import py_compile
+    import tempfile
+    import zipapp
     try:
         load_backends()
-        for name in ("fingerd", "fingerd_backends"):
-            spec: Any = importlib.util.find_spec(name)
-            if not spec:
-                raise ValueError("this file is not named fingerd.py any more")
-            source = spec.loader.get_source(name)
-            files[f"{name}.py"] = source
-            files[f"{name}.pyc"] = compiled(name, source)
+        with tempfile.TemporaryDirectory() as folder:
+            for name, module in [("fingerd", __name__),
+                                 ("fingerd_backends", "fingerd_backends")]:
+                loader: Any = sys.modules[module].__loader__
+                source = os.path.join(folder, f"{name}.py")
+                with open(source, "w", encoding="utf-8") as file:
+                    file.write(loader.get_source(module))
+                py_compile.compile(
+                    source, f"{source}c", f"{name}.py", doraise=True,
+                    invalidation_mode=(
+                        py_compile.PycInvalidationMode.UNCHECKED_HASH))
+            with open(path, "wb") as bundle:
+                zipapp.create_archive(folder, bundle, "/usr/bin/env python3",
+                                      "fingerd:run", compressed=True)
+                if stat.S_ISREG(os.fstat(bundle.fileno()).st_mode):
+                    os.fchmod(bundle.fileno(), 0o755)
     except ValueError as error:
         raise ConfigError(f"--bundle: {error}") from None
-    try:
-        with open(path, "wb") as file:
-            file.write(b"#!/usr/bin/env python3\n")
-            with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as bundle:
-                for name, data in files.items():
-                    bundle.writestr(name, data)
-        os.chmod(path, 0o755)
     except OSError as error:
         raise StartError(f"cannot write the bundle: {reason(error)}"
                          ) from None
 
 
-def run(args: types.SimpleNamespace, log: Log) -> int:
+def carry_out(args: Any, log: Log) -> int:
     """Do what the options say; give the exit status."""
-    if args.client is not None and args.query is None:
+    if args.address is not None and args.query is None:
         raise ConfigError("--from: goes with --query only")
-    if args.bundle:
+    if args.version:
+        say(f"fingerd {__version__}\n".encode())
+    elif args.help:
+        say(f"{make_parser().format_help()}\n{settings_text()}\n".encode())
+    elif args.bundle is not None:
         write_bundle(args.bundle)
-        return 0
-    if not args.inetd:
+    elif args.inetd and not args.check:
+        return serve_inetd(args, log)
+    else:
         return run_config(args, log)
+    return 0
+
+
+def serve_inetd(args: Any, log: Log) -> int:
+    """Serve the connection that inetd(8) has accepted."""
     sock = take_inetd_socket()
     try:
         return run_config(args, log, sock)
@@ -3417,38 +3329,80 @@ def run(args: types.SimpleNamespace, log: Log) -> int:
         raise
 
 
-def run_config(args: types.SimpleNamespace, log: Log,
-               sock: socket.socket | None = None) -> int:
+def run_config(args: Any, log: Log, sock: socket.socket | None = None) -> int:
     """Read the config, and do what needs it; give the exit status."""
-    def report(backend: str, text: str) -> None:
-        log.event("warning", "backend", name=backend, text=text)
+    def report(backend: str, text: str, level: str = "warning") -> None:
+        log.event(level, "backend", name=backend, text=text)
 
     overrides = {row.name: getattr(args, row.name) for row in SETTINGS
                  if getattr(args, row.name, None) is not None}
-    reader = functools.partial(ConfigReader, report=report,
-                               overrides=overrides)
+    read = functools.partial(read_config, report=report, overrides=overrides)
     if args.status or args.stop or args.reload:
-        return control(args, reader)
+        return control(args, read)
     path = find_config(args.config)
-    config = reader(path).read()
+    config = read(path)
     if args.query is not None:
-        return print_reply(config, log, args.query,
-                           args.client or "127.0.0.1")
+        client = "127.0.0.1" if args.address is None else args.address
+        return print_reply(config, log, args.query, client)
+    if args.inetd and not args.check:
+        close_inherited()
     if sock:
-        Daemon(config, log, reader).serve_inetd(sock)
+        Daemon(config, log, read).serve_inetd(sock)
         return 0
-    for warning in (lost_log(config), unreadable_config(config)):
+    for warning in [*config.warnings, *find_useless(config, args.inetd),
+                    lost_log(config), unreadable_config(config)]:
         if warning:
             complain(warning)
     if args.check:
         say(to_wire(f"{path} is good").replace(b"\r", b""))
         return 0
-    Daemon(config, log, reader).start_and_serve()
+    close_inherited()
+    Daemon(config, log, read).start_and_serve()
     return 0
 
 
+def find_useless(config: Any, inetd: bool) -> list[str]:
+    """Warn of settings that do nothing when it is started this way."""
+    useless = {}
+    if count_passed():
+        useless["listen"] = "is not used with systemd's sockets; remove it"
+    if inetd:
+        for name in ("max_clients_per_host", "queries_per_minute"):
+            useless[name] = "does nothing under inetd; set limits in inetd"
+    warnings = Notes()
+    for name, why in useless.items():
+        line = config.lines.get(name)
+        if line is not None:
+            warnings.add(line, f"{name if line else '--' + name}: {why}")
+    return warnings.texts(config.path)
+
+
+def count_passed() -> int:
+    """Count the sockets that systemd passes to us (sd_listen_fds(3))."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return 0
+    number = os.environ.get("LISTEN_FDS", "")
+    return int(number) if re.fullmatch("[0-9]{1,4}", number) else 0
+
+
+def close_inherited() -> None:
+    """Close descriptors that a careless parent has left open for us.
+
+    What this process has opened itself is not inheritable (PEP 446).
+    """
+    try:
+        found = [int(name) for name in os.listdir("/dev/fd")]
+    except OSError:             # it is not there: try the usual ones
+        found = list(range(1024))
+    first = 3 + count_passed()
+    for fd in found:
+        with contextlib.suppress(OSError):
+            if fd >= first and os.get_inheritable(fd):
+                os.close(fd)
+
+
 def say(data: bytes) -> None:
-    """Write to stdout; a reader who has seen enough is no failure."""
+    """Write to stdout; a closed pipe is not an error."""
     try:
         while data:
             data = data[os.write(1, data):]
@@ -3459,7 +3413,7 @@ def say(data: bytes) -> None:
 
 
 def complain(text: str) -> None:
-    """Tell the person at the terminal, each line with the name in front."""
+    """Write to stderr, each line with the program's name in front."""
     for line in text.split("\n"):
         data = to_wire(f"fingerd: {line}").replace(b"\r\n", b"\n")
         with contextlib.suppress(OSError):
@@ -3469,7 +3423,7 @@ def complain(text: str) -> None:
 def open_standard_streams() -> None:
     """Open /dev/null where there is no stdin, stdout or stderr.
 
-    The first socket would get that number, and clients what is printed.
+    Otherwise the first socket gets that number, and a client what is printed.
     """
     for fd in (0, 1, 2):
         try:
@@ -3479,29 +3433,30 @@ def open_standard_streams() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run fingerd; give its status: 0 done, 1 failed, 2 bad use or config."""
+    """Do what the command line says; give the exit status.
+
+    0 is done, 1 failed, 2 a bad command line or config.
+    """
     open_standard_streams()
     try:
         args = parse_options(sys.argv[1:] if argv is None else argv)
-        if args.version:
-            say(f"fingerd {__version__}\n".encode())
-        elif args.help:
-            say(help_text().encode())
-        else:
-            return run(args, Log())
+        return carry_out(args, Log())
     except ConfigError as error:
         complain(str(error))
         return 2
     except StartError as error:
-        complain(str(error))
-        return 1
+        complain(str(error).replace("\n", "\\n"))
     except OSError as error:        # as when there are no descriptors
         complain(f"cannot go on: {reason(error)}")
-        return 1
     except KeyboardInterrupt:       # before there is anything to end cleanly
-        return 1
-    return 0
+        pass
+    return 1
+
+
+def run() -> None:
+    """Be the program, as a script or in a zipapp."""
+    sys.exit(main())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -146,8 +146,7 @@ def config_file(text, name="fingerd.conf"):
 def read_config(text, overrides=None):
     """Give the config of a text; raise ConfigError of it."""
     with config_file(text) as path:
-        return fingerd.ConfigReader(path, lambda name, text: None,
-                                    overrides).read()
+        return fingerd.read_config(path, lambda *said: None, overrides)
 
 
 def open_descriptors():
@@ -194,9 +193,10 @@ def serving(text=USERS, backends=(), listen="127.0.0.1:0"):
         log_path = os.path.join(os.path.dirname(path), "log")
         log = fingerd.Log()
         stack.callback(log.close)
-        config = fingerd.ConfigReader(path, lambda name, text: log.event(
-            "warning", "backend", name=name, text=text),
-            {"listen": listen, "to": log_path}).read()
+        config = fingerd.read_config(
+            path, lambda name, text, level="warning": log.event(
+                level, "backend", name=name, text=text),
+            {"listen": listen, "to": log_path})
         config.backends += tuple(backends)
         log.open(config.log)
         server = fingerd.FingerServer(
@@ -596,15 +596,44 @@ class ReplyTest(unittest.TestCase):
 
 # ---- Settings -------------------------------------------------------------
 
+class Picky:
+    """A backend with much to say about its settings."""
+
+    settings = (("color", "text", "", "a color"),
+                ("size", "size", "1K", "a size"),
+                ("shape", "text", "round", "a shape"))
+    waits = False
+
+    def __init__(self, options, report):
+        wrong = [f"{name}: bad; write good" for name in ("size", "color")
+                 if options["color"] == "bad"]
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        if options["color"] == "loud":
+            report("is loud")
+            report("is not quiet", "debug")
+        self.warnings = [f"{name}: {value} is odd"
+                         for name, value in options.items() if value == "odd"]
+
+    def enter_chroot(self, path):
+        raise ValueError(f"shape: does not fit into {path}; cut it")
+
+
 class SettingsTest(unittest.TestCase):
+    maxDiff = None
+
     def errors(self, text, overrides=None):
         """Give the messages about a config, without the path in front."""
         with config_file(text) as path:
-            reader = fingerd.ConfigReader(path, lambda name, text: None,
-                                          overrides)
             with self.assertRaises(fingerd.ConfigError) as caught:
-                reader.read()
+                fingerd.read_config(path, print, overrides)
+            self.bad_config = caught.exception.config
             return str(caught.exception).replace(path, "FILE").split("\n")
+
+    def warnings(self, text):
+        with config_file(text) as path:
+            return [warning.replace(path, "FILE") for warning
+                    in fingerd.read_config(path, print).warnings]
 
     def test_has_defaults_for_an_empty_file(self):
         config = read_config("")
@@ -614,54 +643,117 @@ class SettingsTest(unittest.TestCase):
         self.assertEqual(config.server.forward, {})
         self.assertIs(config.server.user_list, False)
         self.assertEqual([name for name, _ in config.backends], ["users"])
+        self.assertEqual(config.warnings, [])
 
     def test_converts_values(self):
-        for kind, text, value in [
-                ("yes/no", "Yes", True), ("yes/no", "on", True),
-                ("yes/no", "1", True), ("yes/no", "FALSE", False),
-                ("seconds", "1.5", 1.5), ("period", "0", 0.0),
-                ("size", "2K", 2048), ("size", "1m", 1 << 20),
-                ("size", "16", 16), ("count", "1", 1), ("limit", "0", 0),
-                ("words", " a  b ", ("a", "b")), ("hosts", "A b", ("a", "b")),
-                ("addresses", "*:79 [::1]:80 h:0",
-                 (("*", 79), ("::1", 80), ("h", 0))),
-                ("next hops", "no", {}),
-                ("next hops", "A.example b:7 [::1]",
-                 {"a.example": 79, "b": 7, "::1": 79}),
-                ("backends", "users web:staff", ("users", "web:staff")),
-                ("level", "DEBUG", "debug")]:
-            with self.subTest(kind=kind, text=text):
-                self.assertEqual(fingerd.KINDS[kind].convert(text), value)
+        for kind, values in {
+                "yes/no": {"Yes": True, "on": True, "1": True,
+                           "FALSE": False, "off": False, "0": False},
+                "seconds": {"1.5": 1.5, "0.001": 0.001, "31622400": 31622400},
+                "period": {"0": 0}, "limit": {"0": 0},
+                "count": {"1": 1, "1000000000": 1_000_000_000},
+                "size": {"2K": 2048, "1m": 1 << 20, "16": 16,
+                         "1000000000": 1_000_000_000},
+                "hosts": {"": (), "A  b.example.": ("a", "b.example")},
+                "addresses": {"h:65535": (("h", 65535),),
+                              "*:79 [::1]:80 h:0":
+                              (("*", 79), ("::1", 80), ("h", 0))},
+                "next hops": {"no": {}, "A.example. b:7 [::1]":
+                              {"a.example": 79, "b": 7, "::1": 79}},
+                "backends": {"users web:staff": ("users", "web:staff")},
+                "octal": {"0027": 0o27, "777": 0o777},
+                "path": {"": "", "a b": "a b"}, "log": {"-x": "-x"},
+                "directory": {"": "", "/x": "/x"},
+                "word": {"x" * 32: "x" * 32}, "level": {"DEBUG": "debug"},
+                "syslog": {"/dev/log": "/dev/log", "h:514": ("h", 514)},
+                "user": {"": None, "0": fingerd.User("root", 0, 0),
+                         "root": fingerd.User("root", 0, 0), "4294967294":
+                         fingerd.User("4294967294", 4294967294, None)},
+                "group": {"": None, "4294967294": 4294967294,
+                          grp.getgrgid(0).gr_name: 0}}.items():
+            for text, value in values.items():
+                with self.subTest(kind=kind, text=text):
+                    converted = fingerd.KINDS[kind](text)
+                    self.assertEqual(converted, value)
+                    self.assertIs(type(converted), type(value))
 
     def test_rejects_values(self):
-        for kind, text in [
-                ("yes/no", "maybe"), ("yes/no", ""), ("seconds", "ten"),
-                ("seconds", "0"), ("seconds", "-1"), ("seconds", "1e3"),
-                ("seconds", "9" * 400), ("seconds", "\u0661"),
-                ("size", "15"), ("size", "1G"), ("size", "64 K"),
-                ("size", "9999999999M"), ("count", "0"), ("count", "1_0"),
-                ("limit", "-1"), ("limit", "12345678901"),
-                ("networks", "10.0.0.1/8"), ("networks", "x"),
-                ("addresses", ""), ("addresses", "localhost"),
-                ("addresses", "::1:79"), ("addresses", "h:65536"),
-                ("addresses", "h:-1"), ("addresses", ":79"),
-                ("next hops", "yes"), ("next hops", ""),
-                ("next hops", "a:b"), ("backends", ""),
-                ("backends", "users users"), ("level", "loud"), ("log", "")]:
-            with self.subTest(kind=kind, text=text):
-                with self.assertRaises(ValueError):
-                    fingerd.KINDS[kind].convert(text)
+        address = "is not host:port or [v6 address]:port"
+        for kind, wrong, *texts in [
+                ("yes/no", "is not one of yes, true, on, 1, no, false, off,"
+                 " 0", "maybe", ""),
+                ("seconds", "is not a number of seconds", "ten", "-1", "1e3",
+                 "9" * 5000, "\u0661", "1."),
+                ("seconds", "is not between 0.001 and 31622400", "0",
+                 "31622401"),
+                ("size", "is not a size in bytes", "1G", "64 K", "1.5K", ""),
+                ("size", "is not between 16 and 1000000000", "15",
+                 "999999999999M"),
+                ("count", "is not a whole number", "1_0", "1.0", "-1"),
+                ("count", "is not between 1 and 1000000000", "0"),
+                ("limit", "is not between 0 and 1000000000", "1000000001"),
+                ("networks", "is not a list of networks (10.0.0.1/8 has host"
+                 " bits set); write e.g. 192.0.2.0/24 2001:db8::/32",
+                 "::/0 10.0.0.1/8"),
+                ("addresses", "is empty", "", " "),
+                ("addresses", address, "localhost", "::1:79", "h:65536",
+                 "h:-1", ":79", "a\0b:79"),
+                ("next hops", "is neither no nor a list of hosts", "yes", "",
+                 "*"),
+                ("next hops", address, "a:b"), ("backends", "is empty", ""),
+                ("level", "is not one of debug, info, notice, warning, error",
+                 "loud"),
+                ("log", "is not stderr, syslog or a path", "", "a\nb"),
+                ("path", "is not a path; write it without control characters",
+                 "a\x1bb", "a\x85b"),
+                ("directory", "is not an absolute path; write e.g."
+                 " /var/empty", "x", "/\0"),
+                ("octal", "is not an octal mask", "8", "7777"),
+                ("word", "is not a word of 1 to 32 ASCII characters", "a b",
+                 "", "x" * 33), ("syslog", address, "/\0", "log"),
+                ("user", "is not between 0 and 4294967294", "4294967295",
+                 "99999999999"),
+                ("user", "is not a user of this system; create it (adduser"
+                 " --system a\0b), or leave user empty for nobody", "a\0b"),
+                ("group", "is not between 0 and 4294967294", "4294967295"),
+                ("group", "is not a group of this system; create it (addgroup"
+                 " --system a\0b), or leave group empty for the user's",
+                 "a\0b")]:
+            for text in texts:
+                with self.subTest(kind=kind, text=text):
+                    with self.assertRaises(ValueError) as caught:
+                        fingerd.KINDS[kind](text)
+                    self.assertEqual(str(caught.exception), wrong)
 
-    def test_every_kind_has_an_example_that_is_one(self):
-        for name, kind in fingerd.KINDS.items():
-            with self.subTest(kind=name):
-                kind.convert(kind.example)
+    def test_a_network_of_mapped_addresses_is_the_ipv4_one(self):
+        for text, meant in [
+                ("::ffff:127.0.0.0/104", "127.0.0.0/8"),
+                ("::ffff:0:0/96", "0.0.0.0/0"),
+                ("::ffff:192.0.2.7", "192.0.2.7/32"),
+                ("::fffe:0:0/95", "::fffe:0:0/95"), ("::/0", "::/0"),
+                ("::/80", "::/80"), ("192.0.2.0/24", "192.0.2.0/24")]:
+            with self.subTest(text=text):
+                self.assertEqual(
+                    list(map(str, fingerd.KINDS["networks"](text))), [meant])
 
-    def test_tells_all_errors_in_line_order_with_their_count(self):
-        self.assertEqual(self.errors("""
+    def test_never_advises_to_be_root(self):
+        self.assertEqual(
+            self.errors("[daemon]\nuser = fingerd-79\n")[0],
+            'FILE:2: user: "fingerd-79" is not a user of this system; create'
+            " it (adduser --system fingerd-79), or leave user empty for"
+            " nobody")
+        self.assertEqual(
+            self.errors("", {"user": "fingerd-79"})[0],
+            '--user: "fingerd-79" is not a user of this system; create it'
+            " (adduser --system fingerd-79), or leave user empty for nobody")
+
+    def test_reports_all_errors_in_line_order_with_their_count(self):
+        self.assertEqual(self.errors("""  first
 stray = 1
 [server]
+  under a header
 listen = nowhere
+# between
   indented = 1
 user_list = perhaps
 bakend = users
@@ -675,109 +767,234 @@ nonsense
 [server]
 [serve]
 [broken
-"""), [
-            "FILE:2: stray: stands in no section; write its [section] above"
+[limits]
+max_query = 1
+""", {"umask": "9"}), [
+            '--umask: "9" is not an octal mask; write e.g. --umask 027',
+            "FILE:1: indented line outside a text value; write it without"
+            " spaces in front",
+            "FILE:2: stray: outside any section; write its [section] above"
             " it",
-            'FILE:4: listen: "nowhere" is not host:port or [v6 address]:port;'
+            "FILE:4: indented line outside a text value; write it without"
+            " spaces in front",
+            'FILE:5: listen: "nowhere" is not host:port or [v6 address]:port;'
             ' write e.g. listen = localhost:1079',
-            "FILE:5: listen: indented line outside a text value; write it"
-            " without spaces in front",
-            'FILE:6: user_list: "perhaps" is neither yes nor no; write e.g.'
-            ' user_list = no',
-            "FILE:7: bakend: no such setting of [server]; did you mean"
-            " backend?",
-            'FILE:9: timeout: "ten" is not a number of seconds; write e.g.'
+            "FILE:7: indented line outside a text value; write it without"
+            " spaces in front",
+            'FILE:8: user_list: "perhaps" is not one of yes, true, on, 1, no,'
+            ' false, off, 0; write e.g. user_list = no',
+            "FILE:9: bakend: no such setting; did you mean backend?",
+            'FILE:11: timeout: "ten" is not a number of seconds; write e.g.'
             ' timeout = 10',
-            "FILE:10: timeout: stands on line 9 already; keep one of the two",
-            "FILE:11: max_client: no such setting of [limits]; did you mean"
-            " max_clients?",
-            'FILE:13: "nonsense" is neither a section nor a setting; write'
+            "FILE:12: timeout: already on line 11; write it once",
+            "FILE:13: max_client: no such setting; did you mean max_clients?",
+            'FILE:15: "nonsense" is neither a section nor a setting; write'
             ' [section] or name = value',
-            'FILE:14: "= nothing" is neither a section nor a setting; write'
+            'FILE:16: "= nothing" is neither a section nor a setting; write'
             ' [section] or name = value',
-            "FILE:15: [server]: stands on line 3 already; make them one",
-            "FILE:16: [serve]: no such section; did you mean [server]?",
-            'FILE:17: "[broken" is no section; write [name]',
-            "13 errors in FILE, not started"])
+            "FILE:17: [server]: already on line 3; write it once",
+            "FILE:18: [serve]: no such section; did you mean [server]?",
+            'FILE:19: "[broken" is neither a section nor a setting; write'
+            ' [section] or name = value',
+            "FILE:20: [limits]: already on line 10; write it once",
+            'FILE:21: max_query: "1" is not between 16 and 1000000000; write'
+            ' e.g. max_query = 512',
+            "18 errors in FILE, not started"])
 
-    def test_tells_one_error(self):
+    def test_drops_no_line_that_begins_with_any_space(self):
+        for space in (" ", "\t", "\x0c", "\xa0", "\u2003"):
+            with self.subTest(space=space):
+                self.assertEqual(
+                    self.errors(f"[limits]\n\n#\n{space}x = y\n")[0],
+                    "FILE:4: indented line outside a text value; write it"
+                    " without spaces in front")
+
+    def test_reports_one_error(self):
         self.assertEqual(
             self.errors("[limits]\ntimeout = 10 ; seconds\n"),
             ['FILE:2: timeout: "10 ; seconds" is not a number of seconds;'
              ' write e.g. timeout = 10', "1 error in FILE, not started"])
 
+    def test_an_error_leaves_the_other_settings(self):
+        """A daemon can be found by the pidfile of a config with errors."""
+        self.errors("[daemon]\npidfile = /run/x\numask = 9\n[nonsense]\n")
+        self.assertEqual(self.bad_config.daemon.pidfile, "/run/x")
+        self.assertEqual(self.bad_config.daemon.umask, 0o027)
+        self.errors("[daemon]\npidfile = \x1b\n")
+        self.assertEqual(self.bad_config.daemon.pidfile, "")
+
     def test_names_the_option_of_the_command_line(self):
         self.assertEqual(
-            self.errors("", {"listen": "here"}),
+            self.errors("", {"listen": "here", "to": ""}),
             ['--listen: "here" is not host:port or [v6 address]:port; write'
              ' e.g. --listen localhost:1079',
-             "1 error on the command line, not started"])
+             '--logfile: "" is not stderr, syslog or a path; write e.g.'
+             ' --logfile stderr',
+             "2 errors on the command line, not started"])
 
-    def test_rejects_unknown_backends(self):
+    def test_checks_a_value_that_the_command_line_overrides(self):
         self.assertEqual(
-            self.errors("[server]\nbackend = user\n")[0],
-            'FILE:2: backend: "user" is no backend; did you mean users?')
+            self.errors("[daemon]\numask = 9\n", {"umask": "022"})[0],
+            'FILE:2: umask: "9" is not an octal mask; write e.g. umask = 027')
+
+    def test_guesses_what_an_unknown_name_means(self):
+        for text, error in [
+                ("[server]\nbackend = user\n",
+                 'FILE:2: backend: "user" is not a backend; did you mean'
+                 ' users?'),
+                ("[server]\nbackend = users log\n",
+                 'FILE:2: backend: "log" is not a backend; there are users,'
+                 ' finger, web'),
+                ("[user]\n",
+                 "FILE:1: [user]: no such section; did you mean [users]?"),
+                ("[webb]\n",
+                 "FILE:1: [webb]: no such section; did you mean [web]?"),
+                ("[limit]\n",
+                 "FILE:1: [limit]: no such section; did you mean [limits]?"),
+                ("[DEFAULT]\ntimeout = 1\n",
+                 "FILE:1: [DEFAULT]: no such section; there are [server],"
+                 " [limits], [daemon], [log], [users], [finger], [web]"),
+                ("[]\n", "FILE:1: []: no such section; there are [server],"
+                 " [limits], [daemon], [log], [users], [finger], [web]")]:
+            with self.subTest(text=text):
+                self.assertEqual(self.errors(text)[0], error)
 
     def test_rejects_names_of_backends_that_a_log_could_not_hold(self):
         for name in ("finger:st\u00e4ff", 'web:"x', "web:", "Web"):
-            self.assertEqual(
-                self.errors(f"[server]\nbackend = {name}\n")[0],
-                f'FILE:2: backend: "{name}" is no name of a backend; write'
-                " e.g. web or web:2")
+            with self.subTest(name=name):
+                self.assertRegex(
+                    self.errors(f"[server]\nbackend = {name}\n")[0],
+                    f'^FILE:2: backend: "{name}" is not a backend; did you')
+                self.assertRegex(
+                    self.errors(f"[{name}]\n")[0],
+                    f"^FILE:1: \\[{name}]: no such section; did you mean")
 
-    def test_checks_what_stands_in_a_section_that_is_there_twice(self):
+    def test_checks_what_is_in_a_section_that_is_there_twice(self):
         self.assertEqual(
             self.errors("[limits]\ntimeout = 1\n[limits]\ntimeout = x\n"
                         "max_query = 1\n"),
-            ["FILE:3: [limits]: stands on line 1 already; make them one",
-             "FILE:4: timeout: stands on line 2 already; keep one of the two",
-             'FILE:5: max_query: "1" is not between 16 and a milliard bytes;'
+            ["FILE:3: [limits]: already on line 1; write it once",
+             "FILE:4: timeout: already on line 2; write it once",
+             'FILE:5: max_query: "1" is not between 16 and 1000000000;'
              ' write e.g. max_query = 512',
              "3 errors in FILE, not started"])
 
-    def test_a_last_dot_of_a_host_does_not_count(self):
-        for kind in ("hosts", "next hops"):
-            self.assertEqual(list(fingerd.KINDS[kind].convert("Example.org.")),
-                             ["example.org"])
-
-    def test_rejects_a_setting_in_the_default_section_of_configparser(self):
-        self.assertEqual(self.errors("[DEFAULT]\ntimeout = 1\n")[0][:20],
-                         "FILE:1: [DEFAULT]: n")
-
-    def test_reports_what_a_backend_says_of_its_options(self):
-        errors = self.errors("[server]\nbackend = finger\n[finger]\n"
-                             "# here\ncommand = no-such-program-79\n")
-        self.assertRegex(errors[0], "^FILE:5: command: .*no-such-program-79")
+    def test_reports_all_that_backends_say_where_it_belongs(self):
+        with mock.patch.dict(fingerd.BACKENDS, picky=Picky):
+            self.assertEqual(self.errors("""[daemon]
+chroot = /srv
+[server]
+backend = picky nosuch picky:two picky:three picky finger picky:4 picky:5
+[picky:4]
+shape = big
+[picky:5]
+[picky]
+size = 1
+color = bad
+colour = red
+[picky:two]
+color = bad
+[finger]
+# here
+command = no-such-program-79
+max_output = 1
+"""), [
+                'FILE:4: [picky:three]: shape: does not fit into /srv; cut'
+                ' it',
+                'FILE:4: backend: "nosuch" is not a backend; there are users,'
+                ' picky, finger, web',
+                "FILE:4: backend: names one twice; name each once",
+                "FILE:6: shape: does not fit into /srv; cut it",
+                "FILE:7: shape: does not fit into /srv; cut it",
+                'FILE:9: size: "1" is not between 16 and 1000000000; write'
+                ' e.g. size = 1K',
+                "FILE:10: color: bad; write good",
+                "FILE:11: colour: no such setting; did you mean color?",
+                "FILE:12: size: bad; write good",
+                "FILE:13: color: bad; write good",
+                'FILE:16: command: there is no program "no-such-program-79"'
+                ' in /usr/local/bin:/usr/bin:/bin; install it, or write its'
+                ' path',
+                'FILE:17: max_output: "1" is not between 16 and 1000000000;'
+                ' write e.g. max_output = 64K',
+                "12 errors in FILE, not started"])
 
     def test_checks_the_sections_of_backends_that_are_not_used(self):
+        """Names and values, but no backend is made of them."""
         self.assertEqual(
-            self.errors("[web:x]\ncashe = 1\n")[0],
-            "FILE:2: cashe: no such setting of [web:x]; did you mean cache?")
+            self.errors("[server]\nbackend = users nosuch\n[web:x]\n"
+                        "cashe = 1\ncache = x\nurl = not a url\n")[1:3],
+            ["FILE:4: cashe: no such setting; did you mean cache?",
+             'FILE:5: cache: "x" is not a number of seconds; write e.g.'
+             ' cache = 60'])
+
+    def test_warns_of_what_is_not_used_and_what_backends_say(self):
+        with mock.patch.dict(fingerd.BACKENDS, picky=Picky):
+            self.assertEqual(self.warnings("""[web]
+url = not a url
+[server]
+backend = picky picky:two
+[picky:two]
+shape = round
+color = odd
+[picky]
+color = odd
+shape = odd
+[users]
+[limits]
+"""), ["FILE:1: [web]: is not used; add web to backend, or remove the section",
+                "FILE:7: color: odd is odd", "FILE:9: color: odd is odd",
+                "FILE:10: shape: odd is odd",
+                "FILE:11: [users]: is not used; add users to backend, or"
+                " remove the section"])
+
+    def test_a_reload_keeps_the_daemon_and_looks_up_no_name(self):
+        old = read_config("[daemon]\nuser = nobody\nchroot = /srv\n")
+        text = ("[server]\nbackend = users web picky\nlisten = a.invalid:79\n"
+                "forward = b.invalid\n[web]\nurl = http://c.invalid/{user}\n"
+                "[log]\nsyslog_address = d.invalid:514\n[daemon]\n"
+                "user = no-such-user-79\ngroup = no-such-group-79\n")
+        with config_file(text) as path, mock.patch(
+                "socket.getaddrinfo", side_effect=AssertionError), \
+                mock.patch.dict(fingerd.BACKENDS, picky=Picky):
+            config = fingerd.read_config(path, print, {"user": "other"}, old)
+            self.assertIs(config.daemon, old.daemon)
+            self.assertEqual(config.raw_values["daemon", "user"], "other")
+            with open(path, "a") as file:
+                file.write("usr = 1\n")
+            with self.assertRaisesRegex(
+                    fingerd.ConfigError,
+                    ":12: usr: no such setting; did you mean user"):
+                fingerd.read_config(path, print, None, old)
 
     def test_rejects_users_that_nobody_can_ask_for(self):
         self.assertEqual(
             self.errors("[users]\nal ice = x\nal@ice = x\nalice = 1\n"
                         "Alice = 2\n/W = 3\na\x1bb = 4\n"),
-            ["FILE:2: al ice: nobody can ask for it; write a name without"
+            ["FILE:2: al ice: no query can match this name; write it without"
              " spaces and @",
-             "FILE:3: al@ice: nobody can ask for it; write a name without"
+             "FILE:3: al@ice: no query can match this name; write it without"
              " spaces and @",
-             "FILE:5: Alice: stands on line 4 already; keep one of the two",
-             "FILE:6: /W: nobody can ask for it; write a name without"
+             "FILE:5: Alice: already on line 4; write it once",
+             "FILE:6: /W: no query can match this name; write it without"
              " spaces and @",
-             "FILE:7: a\x1bb: nobody can ask for it; write a name without"
+             "FILE:7: a\x1bb: no query can match this name; write it without"
              " spaces and @",
              "5 errors in FILE, not started"])
 
     def test_keeps_the_lines_of_texts(self):
         config = read_config("\ufeff[users]\r\na = one\r\n"
                              "  two\r\n    three\r\n\r\n# no text\r\n"
-                             "  # text\r\n four\r\n\r\n\r\nb =\r\n\tonly\r\n"
-                             "c = 100% = all\r\nd =\r\n")
+                             "  # text\r\n  four\r\n\r\n\r\nb =\r\n"
+                             "\tonly\r\nc = 100% = all\r\nd =\r\n"
+                             "e =\r\n\r\n   deep\r\n  less\r\n"
+                             "[server]\r\nheader = a\r\n  b\r\n")
         replies = config.backends[0][1].replies
         self.assertEqual(replies, {
             "a": b"one\r\ntwo\r\n  three\r\n\r\n# text\r\nfour\r\n",
-            "b": b"only\r\n", "c": b"100% = all\r\n", "d": b"\r\n"})
+            "b": b"only\r\n", "c": b"100% = all\r\n", "d": b"\r\n",
+            "e": b"\r\n deep\r\nless\r\n"})
+        self.assertEqual(config.server.header, "a\nb")
 
     def test_says_when_a_file_cannot_be_read(self):
         missing = os.path.join(tempfile.gettempdir(), "no", "such.conf")
@@ -787,7 +1004,7 @@ nonsense
                 (str(HERE), "cannot read the config: is a directory:"
                             f" {HERE}; name another with --config")]:
             with self.assertRaises(fingerd.ConfigError) as caught:
-                fingerd.ConfigReader(path, lambda name, text: None).read()
+                fingerd.read_config(path, print)
             self.assertEqual(str(caught.exception), message)
 
     def test_says_when_a_file_is_not_utf_8(self):
@@ -800,7 +1017,8 @@ nonsense
         pieces = ["[", "]", "server", "users", "web", "limits", "=", "\n",
                   " ", "timeout", "10", "listen", "#", "\t", ":", "alice",
                   "\r", "\0", "\u00e9", "[server]\n", "[users]\n", "{user}",
-                  "backend = users\n", "allow", "/", "::1"]
+                  "backend = users\n", "allow", "/", "::1", "\x0c", "\xa0",
+                  "\u2028", "[daemon]\n", "user", "syslog_address"]
         for _ in range(500):
             text = "".join(seeded.choice(pieces)
                            for _ in range(seeded.randrange(30)))
@@ -814,7 +1032,7 @@ nonsense
             for row in cls.settings or ())]
         for row in rows:
             with self.subTest(setting=row.name):
-                fingerd.KINDS[row.kind].convert(row.default)
+                fingerd.KINDS[row.kind](row.default)
 
 
 class ExampleTest(unittest.TestCase):
@@ -864,10 +1082,13 @@ class ExampleTest(unittest.TestCase):
         status, out, err = run_fingerd("--help")
         self.assertEqual((status, err), (0, ""))
         for row in self.rows():
-            self.assertIn(f"  {row.name} = {row.default}".rstrip(), out)
-        for option in ("--config", "--listen", "-l", "--logfile", "--check",
-                       "--query", "--from", "--version", "--help"):
-            self.assertIn(option, out)
+            section = out.partition(f"\n[{row.section}]\n")[2]
+            self.assertIn(f"  {row.name} = {row.default}".rstrip(),
+                          section.partition("\n\n")[0])
+        self.assertIn("\n[users]\n  NAME = TEXT\n", out)
+        for flags, *_ in (*fingerd.OPTIONS, *fingerd.SWITCHES):
+            for flag in flags:
+                self.assertRegex(out, rf"(?m)^  (.* )?{flag}\b")
 
     def test_readme_commands_do_what_it_says(self):
         readme = (HERE / "README").read_text()
@@ -2248,7 +2469,7 @@ class FaultsTest(unittest.TestCase):
                 with self.subTest(error=name):
                     with mock.patch("builtins.open", side_effect=error), \
                             self.assertRaises(fingerd.ConfigError) as caught:
-                        fingerd.ConfigReader(path, print).read()
+                        fingerd.read_config(path, print)
                     self.assertIn(words, str(caught.exception))
                     with mock.patch("os.open", side_effect=error):
                         with self.assertRaises(fingerd.StartError) as failed:
@@ -2757,14 +2978,18 @@ class BackgroundTest(unittest.TestCase):
                      " such file or directory"),
                     (["--rundir", missing], 1, "cannot enter chroot or"
                      f" rundir: no such file or directory: {missing}"),
-                    (["--user", "no-such-user"], 2, '--uid: "no-such-user" is'
-                     " no user of this system; write e.g. --uid root"),
-                    (["--gid", "no-such-group"], 2, '--gid: "no-such-group"'
-                     " is no group of this system; write e.g. --gid 0"),
+                    (["--user", "no-such-user"], 2, '--user: "no-such-user"'
+                     " is not a user of this system; create it (adduser"
+                     " --system no-such-user), or leave user empty for"
+                     " nobody"),
+                    (["--gid", "no-such-group"], 2, '--group: "no-such-group"'
+                     " is not a group of this system; create it (addgroup"
+                     " --system no-such-group), or leave group empty for the"
+                     " user's"),
                     (["--umask", "9"], 2, '--umask: "9" is not an octal mask;'
                      " write e.g. --umask 027"),
                     (["--chroot", "x"], 2, '--chroot: "x" is not an absolute'
-                     " path; write e.g. --chroot /var/empty")]:
+                     " path; write e.g. /var/empty")]:
                 with self.subTest(args=args):
                     result = program.start(*args)
                     self.assertEqual(result[:2], (status, ""))
@@ -3309,7 +3534,7 @@ class SyslogTest(unittest.TestCase):
                     client.sendall(b"moshez\r\n")
                     client.shutdown(socket.SHUT_WR)
                     fingerd.refuse_for_inetd(ours, log, fingerd.ConfigError(
-                        "fingerd.conf:1: [x]\n1 error"))
+                        "fingerd.conf:1: [x]", "1 error"))
                     self.assertEqual(read_all(client), FAILED)
                 for line in ("fingerd.conf:1: [x]", "1 error"):
                     self.receive(sock, rf"<27>fingerd\[{os.getpid()}\]:"
@@ -3899,7 +4124,12 @@ class BundleTest(unittest.TestCase):
             subprocess.run([sys.executable, path, "--bundle", again],
                            timeout=HANG, check=True)
             with zipfile.ZipFile(path) as one, zipfile.ZipFile(again) as two:
-                self.assertEqual(one.namelist(), two.namelist())
+                self.assertEqual(
+                    sorted(one.namelist()),
+                    ["__main__.py", "fingerd.py", "fingerd.pyc",
+                     "fingerd_backends.py", "fingerd_backends.pyc"])
+                self.assertEqual(sorted(one.namelist()),
+                                 sorted(two.namelist()))
                 for name in ("fingerd.py", "fingerd_backends.py"):
                     self.assertEqual(one.read(name), two.read(name))
 
@@ -3922,18 +4152,43 @@ class BundleTest(unittest.TestCase):
                 self.assertEqual((done.returncode, done.stdout), (
                     0, f"fingerd {fingerd.__version__}\n".encode()), name)
 
-    def test_says_that_a_renamed_copy_cannot_be_bundled(self):
+    def test_a_renamed_copy_can_be_bundled(self):
         with tempfile.TemporaryDirectory() as directory:
             copy = os.path.join(directory, "finger-daemon")
             shutil.copy(PROGRAM, copy)
             shutil.copy(HERE / "fingerd_backends.py", directory)
+            subprocess.run([sys.executable, copy, "--bundle", "out"],
+                           cwd=directory, timeout=HANG, check=True)
+            with zipfile.ZipFile(os.path.join(directory, "out")) as bundle:
+                self.assertEqual(bundle.read("fingerd.py"),
+                                 PROGRAM.read_bytes())
+
+    def test_needs_both_files_of_one_release(self):
+        with tempfile.TemporaryDirectory() as directory:
+            shutil.copy(PROGRAM, directory)
             done = subprocess.run(
-                [sys.executable, copy, "--bundle", "out"], cwd=directory,
-                capture_output=True, text=True, timeout=HANG)
+                [sys.executable, "fingerd.py", "--bundle", "out"],
+                cwd=directory, capture_output=True, text=True, timeout=HANG)
             self.assertEqual((done.returncode, done.stderr), (
-                2, "fingerd: --bundle: this file is not named fingerd.py any"
-                   " more\n"))
-            self.assertFalse(os.path.exists(os.path.join(directory, "out")))
+                2, "fingerd: --bundle: needs fingerd_backends.py, which is"
+                   " not beside fingerd.py; copy it there too\n"))
+            self.assertEqual(os.listdir(directory), ["fingerd.py"])
+
+    def test_changes_the_mode_of_nothing_but_a_file(self):
+        """As root, --bundle /dev/null must not make that unwritable."""
+        with tempfile.TemporaryDirectory() as directory:
+            path = os.path.join(directory, "pipe")
+            bundle = os.path.join(directory, "fingerd")
+            os.mkfifo(path, 0o600)
+            with open(bundle, "wb") as file, subprocess.Popen(
+                    ["cat", path], stdout=file) as cat:
+                self.assertEqual(run_fingerd("--bundle", path), (0, "", ""))
+                self.assertEqual(cat.wait(HANG), 0)
+            self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
+            done = subprocess.run([sys.executable, bundle, "--version"],
+                                  stdout=subprocess.PIPE, timeout=HANG)
+            self.assertEqual(done.stdout.decode(),
+                             f"fingerd {fingerd.__version__}\n")
 
     def test_says_why_it_cannot_write(self):
         self.assertEqual(run_fingerd("--bundle", str(HERE)), (
@@ -3960,6 +4215,10 @@ def cpu_seconds(pid):
 
 # ---- Command line ---------------------------------------------------------
 
+LINES = ("-x", "--", "--help", "-", "", "/W moshez", "a=b", "=", "a\nb",
+         "-5", "\udcff", "moshez@localhost", "--query")
+
+
 class CommandLineTest(unittest.TestCase):
     def test_prints_its_version(self):
         self.assertEqual(run_fingerd("--version"),
@@ -3976,51 +4235,215 @@ class CommandLineTest(unittest.TestCase):
                         ' seconds; write e.g. timeout = 10\n'
                         f'fingerd: 1 error in {path}, not started\n'))
 
-    def test_prints_what_a_client_would_get(self):
-        text = "[server]\ndeny = 192.0.2.0/24\n" + USERS
-        with config_file(text) as path:
-            for args, status, out in [
-                    (["moshez"], 0, "Happy and well\n"),
-                    (["/W moshez@localhost"], 0, "Happy and well\n"),
-                    (["bob"], 0, "No such user\n"),
-                    ([""], 0, "Finger online user list denied\n"),
-                    (["a\x1bb"], 0, "Malformed query\n"),
-                    (["x" * 513], 0, "Query too long\n"),
-                    (["moshez", "--from", "192.0.2.7"], 0, "Access denied\n"),
-                    (["moshez", "--from", "::ffff:192.0.2.7"], 0,
-                     "Access denied\n"),
-                    (["moshez", "--from", "198.51.100.1"], 0,
-                     "Happy and well\n")]:
-                with self.subTest(args=args):
+    def test_check_warns_of_settings_that_do_nothing(self):
+        with config_file("[server]\nlisten = localhost:79\n[limits]\n"
+                         "queries_per_minute = 9\nmax_clients_per_host = 9\n"
+                         "[web]\n") as path:
+            web = (f"fingerd: {path}:6: [web]: is not used; add web to"
+                   " backend, or remove the section\n")
+            limits = "".join(
+                f"fingerd: {path}:{line}: {name}: does nothing under inetd;"
+                " set limits in inetd\n" for line, name in [
+                    (4, "queries_per_minute"), (5, "max_clients_per_host")])
+            sockets = ("listen: is not used with systemd's sockets; remove"
+                       " it\n")
+            me = os.getpid()
+            for args, pid, number, warnings in [
+                    ([], 0, 1, web), ([], 1, 1, web), ([], me, 0, web),
+                    ([], me, "x", web), (["--inetd"], 0, 0, web + limits),
+                    ([], me, 1, web + f"fingerd: {path}:2: {sockets}"),
+                    (["--listen", "localhost:80"], me, 1,
+                     web + f"fingerd: --{sockets}")]:
+                with self.subTest(args=args, pid=pid, number=number), \
+                        mock.patch.dict(os.environ, LISTEN_PID=str(pid),
+                                        LISTEN_FDS=str(number)):
                     self.assertEqual(
-                        call_fingerd("--config", path, "--query", *args),
-                        (status, out, ""))
+                        call_fingerd("--config", path, "--check", *args),
+                        (0, f"{path} is good\n", warnings))
+
+    def test_logs_what_a_backend_reports_at_its_level(self):
+        text = "[server]\nbackend = picky\n[picky]\ncolor = loud\n"
+        with config_file(text) as path, mock.patch.dict(fingerd.BACKENDS,
+                                                        picky=Picky):
+            self.assertEqual(
+                call_fingerd("--config", path, "--check"),
+                (0, f"{path} is good\n",
+                 'fingerd: backend name=picky text="is loud"\n'))
+
+    def test_warns_at_the_start_but_not_in_a_query(self):
+        text = USERS + "[web]\n"
+        with daemon(text) as program:
+            program.wait_line(r"ready ")
+            self.assertRegex(program.lines[0],
+                             r"^fingerd: .*:7: \[web\]: is not used; add")
+        with config_file(text) as path:
+            self.assertEqual(run_fingerd("--config", path, "--query", "bob"),
+                             (0, "No such user\n", ""))
+
+    def query(self, text, *calls):
+        """Ask with --query, all in one process: as root it becomes nobody."""
+        code = ("import fingerd, json, sys\n"
+                "for args in json.loads(sys.argv[1]):\n"
+                "    print(fingerd.main(args), flush=True)\n")
+        with config_file(text) as path:
+            os.chmod(os.path.dirname(path), 0o755)
+            arguments = [["--config", path, "--query", *args]
+                         for args in calls]
+            done = subprocess.run(
+                [sys.executable, "-c", code, json.dumps(arguments)], cwd=HERE,
+                capture_output=True, text=True, timeout=HANG)
+        return done.stdout, done.stderr
+
+    def test_prints_no_warning_to_the_client_of_inetd(self):
+        text = "[limits]\nqueries_per_minute = 9\n[web]\n" + USERS
+        with config_file(text) as path, socket.create_server(
+                ("127.0.0.1", 0)) as listener, connect(
+                listener.getsockname()) as client:
+            served, _ = listener.accept()
+            with subprocess.Popen(
+                    fingerd_command("--config", path, "--inetd"),
+                    stdin=served.fileno(), stdout=served.fileno(),
+                    stderr=served.fileno()) as process:
+                served.close()
+                client.sendall(b"moshez\r\n")
+                self.assertEqual(read_all(client), HAPPY)
+                client.close()
+            self.assertEqual(process.returncode, 0)
+
+    def test_prints_what_a_client_would_get(self):
+        table = [
+            (["moshez"], "Happy and well\n0\n"),
+            (["/W moshez@localhost"], "Happy and well\n0\n"),
+            (["bob"], "No such user\n0\n"),
+            ([""], "Finger online user list denied\n0\n"),
+            (["a\x1bb"], "Malformed query\n0\n"),
+            (["\udc80"], "Malformed query\n0\n"),
+            (["-x"], "No such user\n0\n"),
+            (["--"], "No such user\n0\n"),
+            (["x" * 513], "Query too long\n0\n"),
+            (["moshez", "--from", "192.0.2.7"], "Access denied\n0\n"),
+            (["moshez", "--from", "::ffff:192.0.2.7"],
+             "Access denied\n0\n"),
+            (["moshez", "--from", "198.51.100.1"], "Happy and well\n0\n")]
+        out, err = self.query(
+            "[server]\ndeny = ::ffff:192.0.2.0/120\n" + USERS,
+            *[args for args, _ in table])
+        self.assertEqual(out, "".join(reply for _, reply in table))
+        self.assertEqual(err, "")
+
+    def test_a_query_is_from_an_address(self):
+        addresses = ["me", "", "192.0.2.7/32", "::1\n", "\udcff", "--"]
+        out, err = self.query(USERS, *[["moshez", "--from", address]
+                                       for address in addresses])
+        self.assertEqual(out, "2\n" * len(addresses))
+        shown = ["me", "", "192.0.2.7/32", "::1\\n", "\\xff", "--"]
+        self.assertEqual(err, "".join(
+            f'fingerd: --from: "{address}" is not an address; write e.g.'
+            " --from 192.0.2.7\n" for address in shown))
 
     def test_query_has_a_status_for_a_failed_backend(self):
         text = ("[server]\nbackend = web\n[web]\n"
                 "prefix = http://127.0.0.1:1/~\n")
         with config_file(text) as path:
-            status, out, err = call_fingerd("--config", path, "--query", "x")
+            status, out, err = run_fingerd("--config", path, "--query", "x")
         self.assertEqual((status, out), (1, "Internal error in server\n"))
         self.assertRegex(err, "^fingerd: failed backend=web client=127")
+
+    def test_an_option_takes_any_value(self):
+        for flags, name, *_ in fingerd.OPTIONS:
+            for flag in flags:
+                for line in LINES:
+                    with self.subTest(flag=flag, line=line):
+                        for argv in ([flag, line], [f"{flag}={line}"]):
+                            args = fingerd.parse_options([*argv, "--check"])
+                            self.assertEqual(getattr(args, name), line)
+                            self.assertIs(args.check, True)
+
+    def test_a_bad_value_is_an_error_of_one_line(self):
+        for row in fingerd.SETTINGS:
+            for value in LINES if row.flags else ():
+                for flag in row.flags:
+                    with self.subTest(flag=flag, value=value):
+                        said = call_fingerd("--config", str(EXAMPLE),
+                                            "--check", flag, value)
+                        if said[0]:
+                            self.assertEqual(said[:2], (2, ""))
+                            self.assertRegex(
+                                said[2], r"\Afingerd: --[a-z]+: .+\n"
+                                r"fingerd: 1 error on .+, not started\n\Z")
+                        else:               # it is a name, a word, a path
+                            self.assertEqual(said[1],
+                                             f"{EXAMPLE} is good\n")
 
     def test_complains_of_wrong_options_in_one_line(self):
         for args, message in [
                 (["--config", ""], "cannot read the config: no such file or"
                  " directory; name another with --config"),
-                (["--listne", "x"], "option --listne not recognized;"
-                                    " see --help"),
-                (["--config"], "option --config requires argument;"
-                               " see --help"),
-                (["--check", "fingerd.conf"], '"fingerd.conf" is no option;'
-                                              " see --help"),
+                (["--listne", "x"], '"--listne" is not an option; see'
+                                    ' --help'),
+                (["--conf", "x"], '"--conf" is not an option; see --help'),
+                (["-x"], '"-x" is not an option; see --help'),
+                (["--a\nb\udcff"], '"--a\\nb\\xff" is not an option; see'
+                                   ' --help'),
+                (["--config"], "--config: expected one argument; see --help"),
+                (["-l"], "-l/--logfile: expected one argument; see --help"),
+                (["--check=1"], "--check: ignored explicit argument '1'; see"
+                                " --help"),
+                (["--check", "fingerd.conf"], '"fingerd.conf" is not an'
+                                              ' option; see --help'),
                 (["--from", "::1"], "--from: goes with --query only"),
-                (["--config", str(EXAMPLE), "--query", "x", "--from", "me"],
-                 '--from: "me" is not an address; write e.g. --from'
-                 ' 192.0.2.7')]:
+                (["--config", "a\nb\udcff"], "cannot read the config: no such"
+                 " file or directory: a\\nb\\xff; name another with --config"),
+                (["--bundle", "/no/such/a\nb"], "cannot write the bundle: no"
+                 " such file or directory: /no/such/a\\nb")]:
             with self.subTest(args=args):
-                self.assertEqual(call_fingerd(*args),
-                                 (2, "", f"fingerd: {message}\n"))
+                status, out, err = call_fingerd(*args)
+                self.assertEqual((out, err), ("", f"fingerd: {message}\n"))
+                self.assertEqual(status, 1 if "--bundle" in args else 2)
+
+    def test_closes_what_it_inherits_once_it_has_read_its_config(self):
+        reader, writer = os.pipe()
+        with config_file(USERS) as path, open(path, "rb") as config, open(
+                reader, "rb") as pipe, open(writer, "wb") as end:
+            high = os.dup2(end.fileno(), 200)
+            inherited = [config.fileno(), end.fileno(), high]
+            with daemon("", "--config", f"/dev/fd/{config.fileno()}",
+                        pass_fds=inherited) as program:
+                os.close(high)
+                end.close()
+                self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+                ready, _, _ = select.select([pipe], [], [], HANG)
+                self.assertEqual(ready, [pipe])     # all copies are closed
+                self.assertEqual(pipe.read(), b"")
+
+    def test_keeps_the_sockets_that_systemd_passes_and_no_more(self):
+        code = ("import os, sys\n"
+                "os.dup2(100, 3)\n"
+                "os.dup2(101, 4)\n"
+                "os.environ.update(LISTEN_PID=str(os.getpid()),"
+                " LISTEN_FDS='1')\n"
+                "os.execv(sys.argv[1], sys.argv[1:])\n")
+        reader, writer = os.pipe()
+        with open(reader, "rb") as pipe, config_file(USERS) as path, \
+                socket.create_server(("127.0.0.1", 0)) as listener:
+            address = listener.getsockname()
+            os.dup2(listener.fileno(), 100)
+            os.dup2(writer, 101)
+            process = subprocess.Popen(
+                [sys.executable, "-c", code,
+                 *fingerd_command("--config", path)],
+                pass_fds=[100, 101], stderr=subprocess.PIPE, text=True)
+            for fd in (100, 101, writer):
+                os.close(fd)
+            listener.close()
+            with process, contextlib.ExitStack() as stack:
+                program = Daemon(process)
+                stack.callback(program.reader.join, HANG)
+                stack.callback(process.kill)
+                self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
+                ready, _, _ = select.select([pipe], [], [], HANG)
+                self.assertEqual(ready, [pipe])
+                self.assertEqual(program.stop(), 0)
 
     def test_survives_streams_that_are_closed_or_full(self):
         command = " ".join(map(shlex.quote, fingerd_command()))
@@ -4028,7 +4451,9 @@ class CommandLineTest(unittest.TestCase):
                 ("--help | head -n 1 >/dev/null", 0, ""),
                 ("--version >&-", 0, ""), ("--nonsense 2>&-", 2, ""),
                 ("--version >/dev/full", 1, "fingerd: cannot print: no space"
-                                            " left on device\n")]:
+                                            " left on device\n"),
+                (f"--config {EXAMPLE} --query moshez >/dev/full", 1,
+                 "fingerd: cannot print: no space left on device\n")]:
             if "/dev/full" in words and not os.path.exists("/dev/full"):
                 continue
             with self.subTest(words=words):
@@ -4069,9 +4494,9 @@ class CommandLineTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as directory:
             self.assertEqual(
                 run_fingerd(cwd=directory),
-                (2, "", "fingerd: there is no fingerd.conf and no"
-                        " /etc/fingerd.conf; copy fingerd.conf.example to one"
-                        " of them, or name a file with --config\n"))
+                (2, "", "fingerd: neither fingerd.conf nor /etc/fingerd.conf"
+                        " exists; copy fingerd.conf.example to one of them,"
+                        " or name a file with --config\n"))
 
 
 class LoneCopyTest(unittest.TestCase):
@@ -4115,17 +4540,20 @@ class LoneCopyTest(unittest.TestCase):
     def test_guesses_what_a_misspelt_backend_means(self):
         with self.lone_copy("[server]\nbackend = usres\n") as directory:
             self.assertEqual(self.run_copy(directory)[2].splitlines()[0], (
-                'fingerd: fingerd.conf:2: backend: "usres" is no backend; did'
-                ' you mean users?'))
+                'fingerd: fingerd.conf:2: backend: "usres" is not a backend;'
+                ' did you mean users?'))
 
     def test_says_so_of_a_section_too(self):
-        with self.lone_copy("[web]\ncache = 1\n[servers]\n") as directory:
-            self.assertEqual(self.run_copy(directory)[2].splitlines()[:2], [
+        with self.lone_copy("[web]\ncache = 1\n[servers]\n[limit]\n"
+                            ) as directory:
+            self.assertEqual(self.run_copy(directory)[2].splitlines()[:3], [
                 'fingerd: fingerd.conf:1: [web]: needs fingerd_backends.py,'
                 ' which is not beside fingerd.py; copy it there too, or'
                 ' remove the section',
                 'fingerd: fingerd.conf:3: [servers]: no such section; did you'
-                ' mean [server]?'])
+                ' mean [server]?',
+                'fingerd: fingerd.conf:4: [limit]: no such section; did you'
+                ' mean [limits]?'])
 
     def test_refuses_backends_of_another_version(self):
         with self.lone_copy("[server]\nbackend = web\n") as directory:
@@ -4135,15 +4563,29 @@ class LoneCopyTest(unittest.TestCase):
                 text.replace(f'__version__ = "{version}"',
                              '__version__ = "0.9"'))
             self.assertEqual(self.run_copy(directory)[2].splitlines()[0], (
-                'fingerd: fingerd.conf:2: backend: "web" is of no use:'
+                'fingerd: fingerd.conf:2: backend: "web" cannot be used:'
                 f' fingerd.py is version {version}, but fingerd_backends.py'
-                ' is 0.9; copy both from one release'))
+                ' is 0.9; copy both from one release, or write backend ='
+                ' users'))
 
-    def test_lets_another_import_error_surface(self):
-        with self.lone_copy("[server]\nbackend = web\n") as directory:
+    def test_names_what_the_other_file_cannot_import(self):
+        with self.lone_copy("[server]\nbackend = web\nuser_list = x\n[webb]\n"
+                            "[limit]\n") as directory:
             pathlib.Path(directory, "fingerd_backends.py").write_text(
                 "import no_such_module_79\n")
-            self.assertIn("no_such_module_79", self.run_copy(directory)[2])
+            why = ("needs fingerd_backends.py, which cannot be imported (No"
+                   " module named 'no_such_module_79'); restart once it can")
+            status, _, err = self.run_copy(directory)
+            self.assertEqual((status, err.splitlines()), (2, [
+                f'fingerd: fingerd.conf:2: backend: "web" {why}, or write'
+                ' backend = users',
+                'fingerd: fingerd.conf:3: user_list: "x" is not one of yes,'
+                ' true, on, 1, no, false, off, 0; write e.g. user_list = no',
+                f'fingerd: fingerd.conf:4: [webb]: {why}, or remove the'
+                ' section',
+                'fingerd: fingerd.conf:5: [limit]: no such section; did you'
+                ' mean [limits]?',
+                'fingerd: 4 errors in fingerd.conf, not started']))
 
 
 # ---- Backends -------------------------------------------------------------
@@ -4176,7 +4618,7 @@ ytcVPg2wujxjWxghEpsBnw==
 
 def defaults(kind):
     """Give a backend's settings at their defaults, converted."""
-    return {name: fingerd.KINDS[kind_].convert(text)
+    return {name: fingerd.KINDS[kind_](text)
             for name, kind_, text, _ in kind.settings}
 
 
@@ -5959,7 +6401,7 @@ def fuzz_config(seeded):
                    for line in str(error).splitlines()):
             raise AssertionError(f"{error} for {data!r}") from None
         return
-    if not config.backends or len(config.texts) < len(fingerd.SETTINGS):
+    if not config.backends or len(config.raw_values) < len(fingerd.SETTINGS):
         raise AssertionError(f"half a config of {data!r}")
 
 
