@@ -116,7 +116,7 @@ class Query(NamedTuple):
     hosts: tuple[str, ...]      # {H}, the next hop last
 
 
-def is_plain(text: bytes) -> bool:
+def is_plain(text: bytes | bytearray) -> bool:
     """Is this one name of ASCII letters and digits, with - . _ among them?"""
     return text.translate(None, b"-._").isalnum()
 
@@ -202,7 +202,7 @@ def find_line_end(text: bytearray, start: int) -> int:
     return min(newline, nul) if newline >= 0 <= nul else max(newline, nul)
 
 
-def parse_query(line: bytes,
+def parse_query(line: bytes | bytearray,
                 own_names: Callable[[], Container[str]] = frozenset) -> Query:
     """Make a Query of a line without its end (RFC 1288 2.3).
 
@@ -1240,29 +1240,20 @@ class Answers:
         """
         if query.hosts:
             return self.forward(query, deadline)
-        if query.users:
-            return self.look_up(query, client, deadline)
-        return self.list_users(query, client, deadline)
-
-    def look_up(self, query, client, deadline):
-        """Answer for each name in turn, an empty line between them."""
-        if len(query.users) == 1:
-            reply = self.look_up_user(query.users[0], query.verbose, client,
-                                      deadline)
-        else:
-            reply = join_replies([
-                self.look_up_user(user, query.verbose, client, deadline)
-                for user in query.users])
+        if not query.users:
+            return self.list_users(query, client, deadline)
+        replies = [self.look_up(user, query.verbose, client, deadline)
+                   for user in query.users]
+        reply = replies[0] if len(replies) == 1 else join_replies(replies)
         if reply.outcome == "answered" and self.framing or (
                 len(reply.data) > self.limits.max_reply):
             return reply._replace(data=self.framed(reply.outcome, reply.data))
         return reply
 
-    def look_up_user(self, user, verbose, client, deadline):
+    def look_up(self, user, verbose, client, deadline):
         """Ask the backends in order until one knows the user, or fails."""
         for name, backend in self.config.backends:
-            reply = self.ask(name, backend, backend.lookup, deadline,
-                             user, verbose, client)
+            reply = self.ask(name, backend, deadline, client, verbose, user)
             if reply:
                 return reply
         return FIXED_REPLIES["unknown"]
@@ -1277,8 +1268,8 @@ class Answers:
         replies = []
         for name, backend in self.config.backends:
             if hasattr(backend, "user_list"):
-                reply = self.ask(name, backend, backend.user_list, deadline,
-                                 query.verbose, client)
+                reply = self.ask(name, backend, deadline, client,
+                                 query.verbose)
                 if reply and reply.outcome == "failed":
                     return reply
                 replies += [reply] if reply else []
@@ -1288,30 +1279,29 @@ class Answers:
         return Reply("list", self.framed("list", data),
                      ",".join(reply.backend for reply in replies))
 
-    def ask(self, name, backend, method, deadline, *args):
-        """Give a backend's reply, or None; log why it failed.
+    def ask(self, name, backend, deadline, client, verbose, user=""):
+        """Give a backend's reply for a user, or its list; None if it has none.
 
-        Raises WouldWait if it would need a deadline.
+        Logs why it failed.  Raises WouldWait if it would need a deadline.
         """
-        left = 0.0
-        if backend.waits:
-            if deadline is None:
-                raise WouldWait
-            left = deadline - time.monotonic()
+        if backend.waits and deadline is None:
+            raise WouldWait
         try:
-            if backend.waits and left <= 0:
-                raise TimeoutError("no time was left to ask it")
-            answer = method(*args, left)
+            left = seconds_left(deadline) if backend.waits else 0.0
+            if user:
+                answer = backend.lookup(user, verbose, client, left)
+            else:
+                answer = backend.user_list(verbose, client, left)
             if answer is None:
                 return None
             if not isinstance(answer, bytes):
                 answer = to_wire(answer[:self.limits.max_reply + 1])
             return Reply("answered", answer, name)
         except OSError as error:
-            self.log.event("warning", "failed", backend=name, client=args[-1],
+            self.log.event("warning", "failed", backend=name, client=client,
                            reason=reason(error))
         except Exception:
-            self.log.event("error", "bug", backend=name, client=args[-1],
+            self.log.event("error", "bug", backend=name, client=client,
                            traceback=format_traceback())
         return FIXED_REPLIES["failed"]._replace(backend=name)
 
@@ -1428,10 +1418,10 @@ def is_own_end(sock: socket.socket) -> bool:
 
 
 def seconds_left(deadline: float) -> float:
-    """Give the seconds to a deadline; TimeoutError if there are none."""
+    """Give the seconds to a monotonic deadline; TimeoutError if none."""
     left = deadline - time.monotonic()
     if left <= 0:
-        raise TimeoutError("the next hop took too long")
+        raise TimeoutError("no time is left")
     return left
 
 
@@ -1532,7 +1522,7 @@ class FingerHandler(socketserver.StreamRequestHandler):
                 while not self.receive():
                     yield READ
                 self.check_rate()
-                self.query = parse_query(bytes(self.text), self.own_names)
+                self.query = parse_query(self.text, self.own_names)
                 try:
                     self.reply = self.server.answers.answer(self.query,
                                                             self.host)
@@ -1684,33 +1674,32 @@ class Waiting:
         self.handlers: Any = {
             wait: collections.OrderedDict()
             for wait in (LATER, READ, ASK, WRITE, CLOSE)}
+        self.due = math.inf         # nobody's deadline is before
 
     def add(self, handler, wait, deadline):
         handler.wait, handler.deadline = wait, deadline
         self.handlers[wait][handler] = None
+        self.due = min(self.due, deadline)
 
     def remove(self, handler):
         del self.handlers[handler.wait][handler]
         handler.wait = NOTHING
-
-    def next_deadline(self):
-        deadline = math.inf
-        for handlers in self.handlers.values():
-            if handlers:
-                deadline = min(deadline, next(iter(handlers)).deadline)
-        return deadline
 
     def overdue(self, now):
         """Give those whose time is over, until they wait no longer."""
         for handlers in self.handlers.values():
             while handlers and next(iter(handlers)).deadline <= now:
                 yield next(iter(handlers))
+        self.due = min((next(iter(handlers)).deadline
+                        for handlers in self.handlers.values() if handlers),
+                       default=math.inf)
 
     def hurry(self, deadline, *waits):
         """Let those who wait for these wait to deadline at most."""
         for wait in waits:
             for handler in self.handlers[wait]:
                 handler.deadline = min(handler.deadline, deadline)
+        self.due = min(self.due, deadline)
 
 
 class Lingering:
@@ -1803,8 +1792,9 @@ class Lookups:
 # ---- Server ---------------------------------------------------------------
 
 BACKLOG = 1024          # connections the kernel holds for us: see listen(2)
-ACCEPTS = 256           # in a row, before other clients get their turn
-MORE_ACCEPTS = 1.09     # after a turn with a client for each
+ACCEPTS = 256           # in a row at most, before other clients' turn
+MORE_ACCEPTS = 1.09     # times as many after a turn with a client for each;
+FEWER_ACCEPTS = 0.5     # after one in vain, which costs as much as a turn
 PAUSE = 1.0             # seconds without accept when descriptors are out
 FULL_LOG_INTERVAL = 10.0    # seconds between two lines "full"
 LAST_CALL = 0.02        # seconds for connections that come as a stop does
@@ -1820,7 +1810,7 @@ class Door:
         self.listeners = listeners
         self.log = log
         self.watched = False            # by the selector
-        self.accepts = float(ACCEPTS)   # in a row
+        self.accepts = 8.0              # in a row
         self.full_logged = False
         self.next_full_log = -math.inf
         self.out_of_descriptors = False
@@ -1922,7 +1912,7 @@ class Inbox:
             woken.recv(READ_SIZE)
 
     def act(self, stop):
-        """Act on the signals that have come; stop() is what most do."""
+        """Act on the signals that have come, by stop() if by nothing else."""
         while self.signals:
             self.actions.get(self.signals.popleft(), stop)()
 
@@ -2004,7 +1994,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
         if self.stop_deadline is not None and (
                 self.lingering.handlers or self.is_done()):
             return now
-        return min(self.waiting.next_deadline(),
+        return min(self.waiting.due,
                    self.lingering.next_deadline(), self.door.next_due(now),
                    self.stop_deadline or math.inf, *self.chores.values())
 
@@ -2038,11 +2028,11 @@ class FingerServer(socketserver.ThreadingTCPServer):
     def accept_clients(self, listener, most=0):
         """Accept as many as lately came at a time, if there is room."""
         room = self.answers.limits.max_clients - self.hosts.total
-        for number in range(min(room, most or int(self.door.accepts))):
+        for _ in range(min(room, most or int(self.door.accepts))):
             try:
                 request, client_address = listener.accept()
-            except BlockingIOError:     # costs more than another wake-up
-                self.door.accepts = max(1.0, number)
+            except BlockingIOError:
+                self.door.accepts = max(1.0, self.door.accepts * FEWER_ACCEPTS)
                 self.door.out_of_descriptors = False
                 return
             except OSError as error:

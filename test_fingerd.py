@@ -1921,23 +1921,24 @@ class LoopTest(unittest.TestCase):
     def test_those_that_wait_are_due_in_their_order(self):
         waiting = fingerd.Waiting()
         a, b, c = map(Stub, "abc")
-        self.assertEqual(waiting.next_deadline(), math.inf)
+        self.assertEqual(waiting.due, math.inf)
         for stub, wait, deadline in ((a, fingerd.READ, 3),
                                      (b, fingerd.CLOSE, 2),
                                      (c, fingerd.READ, 5)):
             waiting.add(stub, wait, deadline)
-        self.assertEqual(waiting.next_deadline(), 2)
+        self.assertEqual(waiting.due, 2)
         due = []
         for now in (1.9, 2, 4, 5):
             for stub in waiting.overdue(now):
                 waiting.remove(stub)
                 due.append((now, stub))
         self.assertEqual(due, [(2, b), (4, a), (5, c)])
+        self.assertEqual(waiting.due, math.inf)
         waiting.add(a, fingerd.READ, 9)
+        waiting.add(b, fingerd.CLOSE, 8)
         waiting.hurry(7, fingerd.CLOSE)
-        self.assertEqual(waiting.next_deadline(), 9)
-        waiting.hurry(7, fingerd.READ)
-        self.assertEqual(waiting.next_deadline(), 7)
+        self.assertEqual([*waiting.overdue(6.9)], [])
+        self.assertEqual((waiting.due, a.deadline), (7, 9))
 
     def test_those_that_were_answered_have_a_moment_to_close(self):
         lingering = fingerd.Lingering()
