@@ -65,14 +65,19 @@ alice = Login: alice\t\t\tName: Alice Liddell
 
 # ---- Helpers --------------------------------------------------------------
 
-def connect(address, source=None):
-    """Open a connection as a client that hangs at most HANG seconds."""
+def connect(address, source=None, window=0):
+    """Open a connection as a client that hangs at most HANG seconds.
+
+    With a window it is a slow reader, for whom little is in flight.
+    """
     family = socket.AF_INET6 if len(address) == 4 else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.settimeout(HANG)
     try:
         if source:
             sock.bind((source, 0))
+        if window:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window)
         sock.connect(address)
     except OSError:
         sock.close()
@@ -1654,7 +1659,8 @@ class BackendsTest(unittest.TestCase):
     def test_a_thread_that_is_late_gives_its_place_to_another_address(self):
         with held() as backend, serving(
                 "[limits]\nmax_threads = 1\ntimeout = 0.1\n",
-                [("held", backend)]) as server:
+                [("held", backend)]) as server, \
+                mock.patch.object(fingerd, "GRACE", 0.1):
             for host in ("127.0.0.1", "127.0.0.2"):
                 with connect(server.address, host) as sock:
                     sock.sendall(b"bob\r\n")
@@ -1717,8 +1723,9 @@ class BackendsTest(unittest.TestCase):
         with contextlib.ExitStack() as stack:
             server = stack.enter_context(serving(
                 "[limits]\nmax_reply = 32M\ntimeout = 0.2\n[users]\nbig = "
-                + "x" * 20_000_000))
-            slow = stack.enter_context(connect(server.address))
+                + "x" * 5_000_000))
+            slow = stack.enter_context(connect(server.address,
+                                                window=4096))
             slow.sendall(b"big\r\n")
             wait_until(lambda: server.waiting(fingerd.WRITE),
                        "the state")
@@ -1729,7 +1736,8 @@ class BackendsTest(unittest.TestCase):
     def test_a_backend_that_hangs_costs_its_client_only_the_deadline(self):
         with held() as backend, serving(
                 "[limits]\ntimeout = 0.1\nmax_threads = 1\n" + USERS,
-                [("held", backend)]) as server:
+                [("held", backend)]) as server, \
+                mock.patch.object(fingerd, "GRACE", 0.1):
             with connect(server.address) as first:
                 first.sendall(b"bob\r\n")
                 self.assertTrue(backend.entered.acquire(timeout=HANG))
@@ -2113,10 +2121,10 @@ class LimitsTest(unittest.TestCase):
                 wait_until(lambda: not server.server.hosts.total, "the close")
 
     def test_a_slow_reader_holds_nobody_up_and_gets_it_all(self):
-        size = 20_000_000       # more than both sockets' buffers hold
+        size = 5_000_000        # more than both sockets' buffers hold
         with serving("[limits]\nmax_reply = 32M\n[users]\nbig = "
                      + "x" * size + "\nmoshez = Happy and well\n") as server:
-            with connect(server.address) as slow:
+            with connect(server.address, window=4096) as slow:
                 slow.sendall(b"big\r\n")
                 wait_until(lambda: server.waiting(fingerd.WRITE), "state")
                 self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
@@ -2125,8 +2133,8 @@ class LimitsTest(unittest.TestCase):
 
     def test_a_client_that_does_not_read_is_left_at_the_deadline(self):
         with serving("[limits]\nmax_reply = 32M\ntimeout = 0.1\n[users]\n"
-                     "big = " + "x" * 20_000_000) as server:
-            with connect(server.address) as sock:
+                     "big = " + "x" * 5_000_000) as server:
+            with connect(server.address, window=4096) as sock:
                 sock.sendall(b"big\r\n")
                 server.wait_log('q="big" outcome=gone')
 
@@ -2254,14 +2262,15 @@ class LimitsTest(unittest.TestCase):
                                  b"Too many queries, try again later\r\n")
 
     def test_slow_readers_of_one_text_share_it(self):
-        text = "\nbig = " + "\n ".join(["x" * 7000] * 3_000)
-        for limits, query in [("max_reply = 32M", b"big\r\n"),
-                              ("max_reply = 16M", b"big\r\n"),
-                              ("max_reply = 32M", b"big big\r\n")]:
+        text = "\nbig = " + "\n ".join(["x" * 7000] * 500)
+        for limits, query in [("max_reply = 8M", b"big\r\n"),
+                              ("max_reply = 3M", b"big\r\n"),
+                              ("max_reply = 4M", b"big big\r\n")]:
             with serving(f"[limits]\n{limits}\n[users]{text}") as (
                     server), contextlib.ExitStack() as stack:
                 for _ in range(5):
-                    sock = stack.enter_context(connect(server.address))
+                    sock = stack.enter_context(connect(server.address,
+                                                       window=4096))
                     sock.sendall(query)
                 wait_until(lambda: len(server.waiting(fingerd.WRITE)) == 5,
                            "the readers")
