@@ -1752,6 +1752,13 @@ class BackendsTest(unittest.TestCase):
                 len([line for line in server.log() if "query" in line]), 3)
             self.assertEqual(server.ask(b"carol\r\n"), b"held carol\r\n")
 
+    def test_a_thread_that_exits_gives_its_place_back(self):
+        with serving("[limits]\nmax_threads = 1\n",
+                     [("test", TestBackend(lambda user, timeout: sys.exit()))
+                      ]) as server:
+            for _ in range(2):
+                self.assertEqual(server.ask(b"bob\r\n"), FAILED)
+
     def test_a_client_that_leaves_while_a_backend_works_is_no_trouble(self):
         with held() as backend, serving(
                 USERS, [("held", backend)]) as server:
@@ -2306,6 +2313,36 @@ class LimitsTest(unittest.TestCase):
             for thread in threads:
                 thread.join(10)
         self.assertEqual(lost, [])
+
+    def test_a_stop_leaves_little_time_to_those_who_do_not_ask_or_close(self):
+        log = fingerd.Log()
+        ours, theirs = socket.socketpair()
+        with theirs, fingerd.FingerServer(
+                [], fingerd.Answers(read_config(""), log), log) as server:
+            theirs.sendall(b"half a line")
+            server.process_request(ours, ("192.0.2.7", 1))
+            handler, = server.waiting.handlers[fingerd.READ]
+            server.stop()
+            self.assertLessEqual(handler.deadline,
+                                 time.monotonic() + fingerd.GRACE)
+            for wait, seconds in ((fingerd.CLOSE, fingerd.GRACE),
+                                  (fingerd.WRITE, 10)):
+                self.assertEqual(server.deadline_of(wait, 5), 5 + seconds)
+
+    @unittest.skipUnless(sys.platform == "linux", "only Linux filters SYNs")
+    def test_waits_a_moment_for_those_on_their_way_before_it_closes(self):
+        listener, = fingerd.open_listeners([("127.0.0.1", 0)])
+        with listener:
+            door = fingerd.Door([listener], fingerd.Log())
+            door.close_soon(5)
+            self.assertEqual(door.next_due(5), 5 + fingerd.LAST_CALL)
+
+    def test_does_not_cut_off_a_socket_on_which_systemd_listens(self):
+        listener, = fingerd.open_listeners([("127.0.0.1", 0)])
+        with listener:
+            listener.passed = True
+            fingerd.drop_new_connections(listener)
+            connect(listener.getsockname()).close()
 
     @unittest.skipUnless(sys.platform == "linux", "only Linux filters SYNs")
     def test_opens_no_connection_once_a_stop_has_begun(self):
