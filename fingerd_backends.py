@@ -1,25 +1,24 @@
-"""Backends of fingerd that make others wait: `finger` and `web`.
+"""Backends of fingerd that take time: finger runs a program, web gets a page.
 
-`finger` runs a program for each query, `web` fetches a page.  fingerd.py
-loads this file when its config names one of them, and tells there what a
-backend is (UsersBackend).  This file imports nothing of fingerd, and only
-built-in exceptions leave it: ValueError "setting: what is wrong; what to
-write" when a backend is made, OSError (TimeoutError is one), its reason in
-one line, when a source fails.
+What a backend is says UsersBackend in fingerd.py, of which this file imports
+nothing.  Only built-in exceptions leave it: ValueError when a backend is made,
+one line "setting: what is wrong; what to write" for each error; OSError, or
+TimeoutError, when a source fails.
 
-Sections: text, programs, finger, page text, one at a time, connections,
-cache, web.
+Sections: text and names, programs, finger, page text, connections, web.
 """
+
+from __future__ import annotations
 
 import atexit
 import codecs
-import collections
 import contextlib
 import encodings.aliases
 import functools
 import html
 import http.client
 import io
+import itertools
 import os
 import re
 import selectors
@@ -28,177 +27,216 @@ import shutil
 import signal
 import socket
 import ssl
-import string
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.parse
 import urllib.request
-import zlib
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set
+from typing import Any, Callable, Iterator
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
 __version__ = "1.0"
 
-READ_SIZE = 65536       # bytes asked for at once: what a Linux pipe holds
-TRUNCATED = "[truncated]\n"
+
+# ---- Text and names ---------------------------------------------------------
+
+PIECE = 1024        # bytes for a codec, characters for re, at once: no other
+                    # thread runs meanwhile
+MAX_NAME = 64       # characters: more than any login has; bounds a pattern
+MAX_MATCH = 0.05    # seconds for one name: no other thread runs meanwhile
+MAX_CHECK = 0.5     # seconds for all names that a pattern is tried on
 
 
-class Kept:
-    """What a chroot would hide: kept from outside, also for a reload."""
-
-    null: Any = None                        # a descriptor of /dev/null
-    tls: Any = None                         # with the certificates loaded
-    addresses: Dict[Any, List[Any]] = {}    # of hosts, by host and port
-
-
-# ---- Text -------------------------------------------------------------------
-
-def clip_text(text: str, limit: int, more: bool = False) -> str:
-    """Cut text to limit bytes of UTF-8 at a line end, and say so.
-
-    `more` says that something was left out already.
-    """
+def make_text(data: Any, codec: str, limit: int, convert: Any = str) -> str:
+    """Make text of limit bytes at most, cut at a line; bad ones as \\x9b."""
+    decoder = codecs.getincrementaldecoder(codec)("backslashreplace")
+    pieces = [decoder.decode(data[start:min(start + PIECE, limit)])
+              for start in range(0, min(len(data), limit), PIECE)]
+    whole = len(data) <= limit
+    # Half a character that the limit has left is dropped, here and below.
+    text = convert("".join(pieces) + decoder.decode(b"", whole))
     data = text.encode("utf-8", "backslashreplace")
-    if len(data) <= limit and not more:
+    if whole and len(data) <= limit:
         return text
     data = data[:limit]
     data = data[:data.rfind(b"\n") + 1] or data + b"\n"
-    # "ignore" drops the half of a character that the cut may have left.
-    return data.decode("utf-8", "ignore") + TRUNCATED
-
-
-def decode_text(data: bytes, codec: str, limit: int) -> str:
-    """Decode the first limit bytes, bytes that do not fit shown as \\x9b."""
-    decoder = codecs.getincrementaldecoder(codec)("backslashreplace")
-    return decoder.decode(data[:limit], len(data) <= limit)
-
-
-def one_line(text: object) -> str:
-    """Fold a reason to one line of a length fit for a log."""
-    return " ".join(str(text).split())[:500]
+    return data.decode("utf-8", "ignore") + "[truncated]\n"
 
 
 def seconds_left(deadline: float) -> float:
-    """Tell the seconds until deadline; raise TimeoutError at its end."""
+    """Give the seconds until deadline; raise TimeoutError after it."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError("timed out")
     return left
 
 
+def check_all(*checks: Callable[[], Any]) -> list[Any]:
+    """Give what the checks give, or raise all their ValueErrors as one."""
+    results, errors = [], []
+    for check in checks:
+        try:
+            results.append(check())
+        except ValueError as error:
+            errors.append(str(error))
+    if errors:
+        raise ValueError("\n".join(errors))
+    return results
+
+
+class NamePattern:
+    """What a whole name must match."""
+
+    def __init__(self, pattern: str) -> None:
+        wrong = "" if pattern else "is empty; write e.g. [a-z]+"
+        try:
+            self.regex = re.compile(pattern)
+            name = find_slow_name(self.regex)
+            if name:
+                wrong = (f'takes over {MAX_MATCH:g} seconds for the name'
+                         f' "{name}"; write no repeat inside another')
+        except (re.error, OverflowError, RecursionError) as error:
+            wrong = f"is not a regular expression ({error}); correct it"
+        if wrong:
+            raise ValueError(f'pattern: "{pattern}" {wrong}')
+
+    def fits(self, name: str) -> bool:
+        # Length first: the pattern is the operator's, the name a stranger's.
+        return (len(name) <= MAX_NAME and not name.startswith("-")
+                and self.regex.fullmatch(name) is not None)
+
+
+def find_slow_name(regex: re.Pattern[str]) -> str | None:
+    """Find a name that takes more than MAX_MATCH seconds to match.
+
+    Signals interrupt re, in the main thread only.  This one counts the time
+    that the process computes: no pattern is slow because the machine is busy.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    alarm, timer = signal.SIGVTALRM, signal.ITIMER_VIRTUAL
+    name, until = None, time.monotonic() + MAX_CHECK
+    with contextlib.ExitStack() as undo, contextlib.suppress(TimeoutError):
+        undo.callback(signal.setitimer, timer, *signal.setitimer(timer, 0))
+        undo.callback(signal.signal, alarm,
+                      signal.signal(alarm, raise_timeout) or signal.SIG_DFL)
+        undo.callback(signal.pthread_sigmask, signal.SIG_SETMASK,
+                      signal.pthread_sigmask(signal.SIG_UNBLOCK, {alarm}))
+        for name in hostile_names(regex.pattern):
+            signal.setitimer(timer, MAX_MATCH)
+            regex.fullmatch(name)
+            if time.monotonic() > until:
+                break
+        signal.setitimer(timer, 0)
+        return None
+    return name
+
+
+def raise_timeout(*args: Any) -> None:
+    raise TimeoutError
+
+
+def hostile_names(pattern: str) -> Iterator[str]:
+    """Yield names made of what the pattern is, which it may nearly match."""
+    runs = list(dict.fromkeys(re.findall(r"\w+|[^\w\s]", pattern)))[:12]
+    units = list(dict.fromkeys(["a", "0", ".", "-", "_", *runs]))
+    pairs = [*units, *map("".join, itertools.product(units, repeat=2))]
+    for end, unit in itertools.product(["!", *runs], pairs):
+        yield (unit * MAX_NAME)[:MAX_NAME - 1] + end[0]
+    for start, unit in itertools.product(pairs, units):
+        yield (start + unit * MAX_NAME)[:MAX_NAME - 1] + "!"
+
+
 # ---- Programs ---------------------------------------------------------------
 
+READ_SIZE = 65536   # bytes: what a Linux pipe holds
 PATH = "/usr/local/bin:/usr/bin:/bin"   # fixed: not what the daemon was given
 MAX_STDERR = 4096   # bytes kept of a program's complaints: some 50 lines
 LINGER = 0.25       # seconds between a program's end and the end of its pipes
-FIRST_TICK = 0.001  # seconds between looks for a program's end: short ones ...
-LAST_TICK = 0.05    # ... for the many quick programs, then 20 looks a second
+TICK = 0.05         # seconds between looks whether a program has ended ...
+LAST_TICK = 0.001   # ... and when its pipes have: it ends at any moment
 REAP_TIME = 1.0     # seconds a killed program may take to vanish
-MAX_UNDEAD = 64     # killed programs, stuck in the kernel, before none is run
 
 
-def open_pipe(reading, writing):
-    """Open a pipe, each end to be closed with one of two ExitStacks."""
-    reader, writer = os.pipe()
-    writing.callback(os.close, writer)
-    return reading.enter_context(open(reader, "rb", 0)), writer
-
-
-class Running:
+class LiveRuns:
     """The runs whose programs live: the daemon must not leave them behind."""
 
-    lock = threading.Lock()     # who is reaped has left before
-    runs: Set[Any] = set()
+    lock = threading.Lock()     # a run is removed before it is reaped
+    runs: set[Run] = set()
 
     @classmethod
-    def kill_all(cls) -> None:
-        """Kill them at the end of the process."""
+    def kill_all(cls):
         with cls.lock:
             for run in cls.runs:
                 run.kill()
 
 
 class Run:
-    """One run of a program: its process group, and what it has said.
+    """One run of a program, in a session and process group of its own.
 
-    The process leads a session and group of its own.  It is not reaped before
-    its group is killed: until then its number cannot be another's.
+    It is not reaped before its group is killed: until then its number cannot
+    be another's.
     """
 
-    def __init__(self, argv: List[str], env: Dict[str, str],
-                 limit: int) -> None:
-        self.limit = limit          # bytes of output that are of use
+    def __init__(self, argv: list[str], env: dict[str, str]) -> None:
         self.output = bytearray()
         self.errors = bytearray()
         self.ended = False          # by itself: its status means something
         self.timed_out = False
         # Not Popen's own pipes: before Python 3.11 it leaves some open when
         # it runs out of descriptors.
-        with contextlib.ExitStack() as pipes, contextlib.ExitStack() as ends:
-            stdin = Kept.null
-            if stdin is None:
-                stdin = ends.enter_context(open(os.devnull, "rb", 0))
-            self.stdout, stdout = open_pipe(pipes, ends)
-            self.stderr, stderr = open_pipe(pipes, ends)
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            self.stdout, stdout = open_pipe(ours, theirs)
+            self.stderr, stderr = open_pipe(ours, theirs)
+            # Debian's finger obeys .nofinger only when stdin is a socket.
+            stdin, peer = map(theirs.enter_context, socket.socketpair())
+            peer.close()
             # As bytes, so that the daemon's locale cannot spoil a name.
             self.process = subprocess.Popen(
-                [os.fsencode(argv[0])] + [arg.encode() for arg in argv[1:]],
+                [argv[0], *(word.encode() for word in argv[1:])],
                 env={key.encode(): env[key].encode() for key in env},
-                stdin=stdin, stdout=stdout, stderr=stderr, close_fds=True,
-                start_new_session=True)
-            self.pipes = pipes.pop_all()
-        with Running.lock:
-            Running.runs.add(self)
+                stdin=stdin.fileno(), stdout=stdout, stderr=stderr,
+                close_fds=True, start_new_session=True)
+            self.pipes = ours.pop_all()
+        with LiveRuns.lock:
+            LiveRuns.runs.add(self)
 
-    def read(self, deadline: float) -> None:
+    def read(self, limit: int, deadline: float) -> None:
         """Read both pipes until all is said, or too much, or too late.
 
-        When either the program or its pipes come to their end, the other gets
-        LINGER seconds: a grandchild may hold a pipe for ever, and a program
-        may close its pipes and sleep.
+        After the end of the program or of its pipes, the other gets LINGER
+        seconds: a grandchild may hold a pipe, a program close them and sleep.
         """
-        closing, tick, quiet = deadline, FIRST_TICK, False
+        closing, silent = deadline, False
         with selectors.DefaultSelector() as selector:
-            selector.register(self.stdout, selectors.EVENT_READ)
-            selector.register(self.stderr, selectors.EVENT_READ)
-            while len(self.output) <= self.limit:
+            selector.register(self.stdout, selectors.EVENT_READ, self.output)
+            selector.register(self.stderr, selectors.EVENT_READ, self.errors)
+            while len(self.output) <= limit and not (silent and self.ended):
                 left = closing - time.monotonic()
                 if left <= 0:
-                    self.timed_out = not quiet and not self.ended
+                    self.timed_out = not (silent or self.ended)
                     return
-                ready = selector.select(min(left, tick))
-                tick = FIRST_TICK if ready else min(tick * 2, LAST_TICK)
-                for key, _ in ready:
-                    self._take(key.fileobj, selector)
-                quiet = not selector.get_map()
-                self.ended = self._has_ended(quiet)
-                if quiet and self.ended:
-                    return
-                if closing == deadline and (quiet or self.ended):
+                tick = LAST_TICK if silent else TICK
+                for key, _ in selector.select(min(left, tick)):
+                    data = os.read(key.fd, READ_SIZE)
+                    key.data.extend(data)
+                    if not data:
+                        selector.unregister(key.fileobj)
+                del self.errors[MAX_STDERR:]
+                silent = not selector.get_map()
+                self.ended = self._has_ended(silent)
+                if closing == deadline and (silent or self.ended):
                     closing = min(deadline, time.monotonic() + LINGER)
 
-    def _take(self, pipe, selector):
-        data = os.read(pipe.fileno(), READ_SIZE)
-        if not data:
-            selector.unregister(pipe)
-        elif pipe is self.stdout:
-            self.output += data
-        else:
-            self.errors += data[:MAX_STDERR - len(self.errors)]
-
-    def _has_ended(self, quiet):
-        """Tell whether the program has ended, if possible without reaping."""
-        if hasattr(os, "waitid"):
-            options = os.WEXITED | os.WNOHANG | os.WNOWAIT
-            try:
-                return bool(os.waitid(os.P_PID, self.process.pid, options))
-            except ChildProcessError:   # SIGCHLD is ignored: reaped already
-                return True
-        # macOS before Python 3.13 can only reap: not while there is a group
-        # to kill.  A grandchild that holds a pipe keeps the client waiting.
-        return quiet and self.process.poll() is not None
+    def _has_ended(self, silent):
+        """Report whether the program has ended, without reaping it."""
+        # macOS before Python 3.13 can only reap, and then not kill the group.
+        if not hasattr(os, "waitid"):
+            return silent and self.process.poll() is not None
+        with contextlib.suppress(ChildProcessError):
+            return bool(os.waitid(os.P_PID, self.process.pid, os.WEXITED
+                                  | os.WNOHANG | os.WNOWAIT))
+        return True     # SIGCHLD is ignored: it is reaped already
 
     def kill(self) -> None:
         """Kill the group, unless its number may be another's."""
@@ -207,855 +245,548 @@ class Run:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
 
-    def stop(self) -> bool:
-        """Kill the group, close the pipes, reap; False: it does not die."""
-        with Running.lock:
-            Running.runs.discard(self)
+    def close(self) -> None:
+        """Kill the group, close the pipes, reap."""
+        with LiveRuns.lock:
+            LiveRuns.runs.discard(self)
             self.kill()
         self.pipes.close()
-        try:
+        # One that is stuck in the kernel is reaped by a later Popen.
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(REAP_TIME)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
+
+
+def open_pipe(ours, theirs):
+    """Open a pipe, each end to be closed with one of two ExitStacks."""
+    reader, writer = os.pipe()
+    theirs.callback(os.close, writer)
+    return ours.enter_context(open(reader, "rb", 0)), writer
 
 
 # ---- finger -----------------------------------------------------------------
 
-MAX_NAME = 64       # characters: more than any login has; bounds a pattern
-UNKNOWN = re.compile(r"finger: [^\n]*: no such user\.?")
+# What Debian's finger says, and a fingerd, ours or another.
+UNKNOWN = re.compile(r"(?:finger: [^\n]*: )?no such user\.?", re.IGNORECASE)
 
 
-def split_command(setting: str, text: str) -> List[str]:
-    """Make the argument list of a command setting, its program found."""
+def split_command(setting, text):
+    """Make the argument list of a command, its program found."""
     try:
-        words = shlex.split(text)
-    except ValueError as error:
-        reason = str(error).lower()
-        raise ValueError(f'{setting}: "{text}" cannot be split into words'
-                         f" ({reason}); close every quote") from None
-    if not words:
-        raise ValueError(f"{setting}: is empty; write a program and its"
-                         " arguments, e.g. finger -- {user}")
-    return [find_program(setting, words[0])] + words[1:]
-
-
-def find_program(setting: str, name: str) -> str:
-    """Find a program's path; the client never has a say in it."""
-    if "{user}" in name:
-        raise ValueError(f'{setting}: "{name}" lets the client name the'
-                         " program; write {user} among its arguments")
-    if "/" in name and not name.startswith("/"):
-        raise ValueError(f'{setting}: "{name}" is neither a name nor an'
-                         " absolute path; write its whole path")
-    path = shutil.which(name, path=PATH)
-    if path is None and "/" in name:
-        raise ValueError(f'{setting}: "{name}" is not a program that may be'
-                         " run; correct its path, or its mode")
-    if path is None:
-        raise ValueError(f'{setting}: there is no program "{name}" in {PATH};'
-                         " install it, or write its path")
-    return path
-
-
-def is_inside(chroot: str, program: str) -> bool:
-    """Tell whether a program is a file inside a chroot, by no way out."""
-    inside = os.path.realpath(chroot)
-    path = os.path.realpath(chroot + program)
-    return (os.path.commonpath([inside, path]) == inside
-            and os.path.isfile(path) and os.access(path, os.X_OK))
-
-
-def compile_pattern(pattern: str) -> Any:
-    """Compile what a whole name must match."""
-    try:
-        if pattern:
-            return re.compile(pattern)
-        reason = "it is empty"
-    except (re.error, OverflowError, RecursionError) as error:
-        reason = one_line(error)
-    raise ValueError(f'pattern: "{pattern}" is not a regular expression for'
-                     f" names ({reason}); correct it")
-
-
-def refuse_user(setting: str, text: str) -> None:
-    """Refuse a name where there is none to put in."""
-    if "{user}" in text:
-        raise ValueError(f'{setting}: "{text}" holds {{user}}, but a list is'
-                         " of no user; leave it out")
+        program, *words = shlex.split(text) or [""]
+    except ValueError:
+        raise ValueError(f'{setting}: "{text}" cannot be split into words;'
+                         " close every quote") from None
+    path = shutil.which(program, path=PATH)
+    if "{user}" in program:
+        wrong = "lets the client name the program; write {user} behind it"
+    elif "{user}" in text and setting == "list_command":
+        wrong = "has {user}, but a list has no user; leave it out"
+    elif path is None or not os.path.isabs(path):
+        wrong = (f"begins neither with a program in {PATH} nor with the path"
+                 " of one; install it, or correct its name")
+    else:
+        return [path, *words]
+    raise ValueError(f'{setting}: "{text}" {wrong}')
 
 
 class FingerBackend:
     """Answers with what a program prints, never through a shell.
 
-    Status and output decide: output is the answer, whatever the
-    status; no output and a status other than 0, or the words of Debian's
-    finger, is no such user; death by a signal is a failure, because half an
-    answer would look like a whole one.  A program that closes its output and
-    stays is killed; what it said is the answer.  One that starts a session of
-    its own is out of reach of the kill, as any daemon is.
+    Output is the answer, whatever the status.  Silence means no such user,
+    and so does "No such user" alone, as finger(1) and other servers say it.
+    Death by a signal and the deadline are failures, which end the search:
+    half an answer would look like a whole one.  A program that closes its
+    output and keeps running is killed, and its output counts.
     """
 
     waits = True
     settings = (
-        ("command", "text", "finger -- {user}",
-         "program and arguments for a query, no shell; {user} is the name"),
-        ("verbose_command", "text", "finger -l -- {user}",
-         "the same for /W; at its default it follows a changed command"),
-        ("list_command", "text", "",
-         "program and arguments for the user list; empty: there is none"),
+        ("command", "text", "finger -- {user}", "what runs for a query"),
+        ("verbose_command", "text", "finger -l -- {user}", "the same for /W"),
+        ("list_command", "text", "", "the same for the user list, if any"),
         ("pattern", "text", "[A-Za-z0-9_][A-Za-z0-9._-]{0,63}",
-         "regular expression for a whole name, of at most 64 characters"),
-        ("max_output", "size", "64K",
-         "bytes that are read of a program; it is killed when it says more"),
+         "what a whole name matches"),
+        ("max_output", "size", "64K", "bytes, after which it is killed"),
     )
 
-    def __init__(self, options: Dict[str, Any],
-                 report: Callable[[str], None]) -> None:
-        atexit.unregister(Running.kill_all)     # once is enough
-        atexit.register(Running.kill_all)
-        default = {row[0]: row[2] for row in self.settings}
-        verbose = "verbose_command"
-        # Who sets a command of his own does not want /W to run finger.
-        if (options[verbose] == default[verbose]
-                and options["command"] != default["command"]):
-            verbose = "command"
-        self.command = split_command("command", options["command"])
-        self.verbose_command = split_command(verbose, options[verbose])
-        self.list_command = (options["list_command"] and split_command(
-            "list_command", options["list_command"]))
-        refuse_user("list_command", options["list_command"])
-        self.pattern = compile_pattern(options["pattern"])
-        self.max_output: int = options["max_output"]
+    def __init__(self, options, report):
+        atexit.unregister(LiveRuns.kill_all)    # once is enough
+        atexit.register(LiveRuns.kill_all)
         self.report = report
-        self.undead: List[Run] = []     # killed, but not gone yet
-        self.lock = threading.Lock()
+        self.max_output: int = options["max_output"]
+        texts = {row[0]: options[row[0]] for row in self.settings[:3]
+                 if options[row[0]] or row[0] == "command"}
+        (_, _, command, _), (_, _, verbose_command, _), *_ = self.settings
+        if (texts["command"] != command
+                and options["verbose_command"] == verbose_command):
+            del texts["verbose_command"]    # not finger beside another program
+        *commands, self.pattern = check_all(
+            *(functools.partial(split_command, *row) for row in texts.items()),
+            lambda: NamePattern(options["pattern"]))
+        self.commands = dict(zip(texts, commands))
+        self.warnings = [
+            f'{setting}: "{word}" is passed to the program as an argument,'
+            " there is no shell; write a script if you need one"
+            for setting, words in self.commands.items()
+            for word in words if re.search("[|<>;&$`]", word)]
 
-    def enter_chroot(self, path: str) -> None:
-        """Check that the programs are inside, under the same names."""
-        for setting in ("command", "verbose_command", "list_command"):
-            words = getattr(self, setting)
-            if words and not is_inside(path, words[0]):
-                raise ValueError(f'{setting}: "{words[0]}" is not inside the'
-                                 f" chroot {path}; put it there, with all"
-                                 " that it needs, or use no chroot")
-        Kept.null = os.open(os.devnull, os.O_RDONLY)
+    def enter_chroot(self, path):
+        """Check that the programs are inside, by no way out."""
+        inside = os.path.join(os.path.realpath(path), "")
+        errors = [f'{setting}: "{words[0]}" is not inside the chroot {path};'
+                  " put it there, with all that it needs, or use no chroot"
+                  for setting, words in self.commands.items()
+                  if not os.path.realpath(path + words[0]).startswith(inside)
+                  or not os.access(path + words[0], os.X_OK)]
+        if errors:
+            raise ValueError("\n".join(errors))
 
-    def lookup(self, user: str, verbose: bool, client: str,
-               timeout: float) -> Optional[str]:
+    def lookup(self, user, verbose, client, timeout):
         """Run the command for user; None: no such user."""
-        # Length first: the pattern is the operator's, the text a stranger's.
-        if (len(user) > MAX_NAME or user.startswith("-")
-                or not self.pattern.fullmatch(user)):
+        if not self.pattern.fits(user):
             return None
-        command = self.verbose_command if verbose else self.command
-        argv = [word.replace("{user}", user) for word in command]
+        words = self.commands["command"]
+        if verbose:
+            words = self.commands.get("verbose_command", words)
+        argv = [word.replace("{user}", user) for word in words]
         return self._ask(argv, user, verbose, client, timeout)
 
-    def user_list(self, verbose: bool, client: str,
-                  timeout: float) -> Optional[str]:
+    def user_list(self, verbose, client, timeout):
         """Run list_command; None: it is not set."""
-        if not self.list_command:
+        argv = self.commands.get("list_command")
+        if not argv:
             return None
-        text = self._ask(self.list_command, "", verbose, client, timeout)
+        text = self._ask(argv, "", verbose, client, timeout)
         if text is None:
-            raise OSError(f"{self.list_command[0]}: gave no list")
+            raise OSError(f"{argv[0]}: gave no list")
         return text
 
     def _ask(self, argv, user, verbose, client, timeout):
         """Run a program and judge what it said; None: it knows no answer."""
+        deadline = time.monotonic() + timeout
         env = {"PATH": PATH, "LC_ALL": "C.UTF-8", "FINGER_USER": user,
                "FINGER_CLIENT": client,
                "FINGER_VERBOSE": "1" if verbose else ""}
-        run = self._run(argv, env, timeout)
-        text = decode_text(bytes(run.output), "utf-8", self.max_output)
-        errors = decode_text(bytes(run.errors), "utf-8", MAX_STDERR).strip()
+        with contextlib.closing(Run(argv, env)) as run:
+            run.read(self.max_output, deadline)
+        text = make_text(run.output, "utf-8", self.max_output)
+        errors = make_text(run.errors, "utf-8", MAX_STDERR).strip()
+        if errors:
+            level = ["debug"] if UNKNOWN.fullmatch(errors) else []
+            lines = "; ".join(filter(None, map(str.strip, errors.split("\n"))))
+            self.report(f"{argv[0]}: on standard error: {lines}", *level)
+        status = run.process.returncode
+        if run.timed_out:
+            raise TimeoutError(f"{argv[0]}: timed out, killed")
+        if run.ended and status < 0:
+            raise OSError(f"{argv[0]}: ended by signal {-status}")
         if UNKNOWN.fullmatch(text.strip() or errors):
             return None
-        if errors:
-            errors = re.sub(r"\s*\n\s*", "; ", errors)
-            self.report(f"{argv[0]}: on standard error: {errors}")
-        if run.timed_out:
-            raise TimeoutError(f"{argv[0]}: not done after {timeout:.3g}"
-                               " seconds, killed")
-        status = run.process.returncode
-        if run.ended and status < 0:
-            raise OSError(f"{argv[0]}: died of signal {-status}")
         if not text and not run.ended:
-            raise OSError(f"{argv[0]}: closed its output, silent, and stayed")
-        if not text and status:
-            return None
-        return clip_text(text, self.max_output,
-                         len(run.output) > self.max_output)
-
-    def _run(self, argv, env, timeout):
-        """Run a program to its end, natural or not."""
-        deadline = time.monotonic() + timeout
-        self._bury()
-        try:
-            run = Run(argv, env, self.max_output)
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise OSError(f"{argv[0]}: cannot be run: {one_line(reason)}"
-                          ) from None
-        try:
-            run.read(deadline)
-        finally:
-            if not run.stop():
-                with self.lock:
-                    self.undead.append(run)
-        return run
-
-    def _bury(self):
-        """Reap earlier runs that took their time to die."""
-        with self.lock:
-            self.undead = [run for run in self.undead
-                           if run.process.poll() is None]
-            if len(self.undead) >= MAX_UNDEAD:
-                raise OSError(f"{MAX_UNDEAD} killed programs have not gone;"
-                              " no more are run until they have")
+            raise OSError(f"{argv[0]}: closed its output without a word and"
+                          " kept running")
+        return text or None
 
 
 # ---- Page text: HTML to lines, bytes to text --------------------------------
 
-# html.parser takes seconds for 64 KiB of "<a<a<a" or unclosed comments, and
-# raises on long character references.  Here each alternative takes all that
-# it has looked at, to the end of the page if need be, as browsers do: one
-# pass, linear in the page.
-TOKENS = re.compile(r"""
-    <!--(?:-?>|.*?(?:--!?>|\Z))
-  | <(?P<raw>script|style|template|svg|iframe|object)\b [^>]*(?:>|\Z)
-        .*?(?:</(?P=raw)\b[^>]*(?:>|\Z)|\Z)
-  | <title\b[^>]*(?:>|\Z) (?P<title>.*?) (?:</title\b[^>]*(?:>|\Z)|\Z)
-  | <(?P<end>/?)(?P<tag>[a-z][a-z0-9]*)
-        (?:[^>=]+|=\s*(?:"[^"]*(?:"|\Z)|'[^']*(?:'|\Z))?)* (?:>|\Z)
-  | <[!?/][^>]*(?:>|\Z)
-  | (?P<text>(?:[^<]+|<(?![a-z!?/]))+)
-    """, re.VERBOSE | re.DOTALL | re.IGNORECASE)
+# html.parser takes seconds for 64 KiB of "<a<a<a" or unclosed comments.  Here
+# a token takes all that has been looked at, to the end of the page if need
+# be, as browsers do: one pass, in matches of PIECE characters at most.
+TOKEN = re.compile(r"""
+    <!--
+  | <(?P<end>/?)(?P<tag>[a-z][a-z0-9]{0,15})
+  | <[!?/]
+  # Its end does not cut a character reference, of at most 40 characters.
+  | (?P<text>[^<]{1,900}[^<&]{0,99} | <{1,900}(?![a-z!?/]))
+    """, re.VERBOSE | re.ASCII | re.IGNORECASE)
+COMMENT_END = re.compile("--!?>")
+TAG_STOP = re.compile(r""">|=\s*["']""")
+# Elements without tags in them, and what ends each.
+RAW = {tag: re.compile(rf"</{tag}(?![a-z0-9])", re.ASCII | re.IGNORECASE)
+       for tag in ("iframe", "object", "script", "style", "svg", "template",
+                   "title")}
 
-PARAGRAPHS = frozenset({
-    "article", "blockquote", "dl", "fieldset", "figure", "form", "h1", "h2",
-    "h3", "h4", "h5", "h6", "hr", "ol", "p", "pre", "section", "table", "ul"})
-LINES = frozenset({
-    "address", "aside", "body", "caption", "dd", "div", "dt",
-    "figcaption", "footer", "head", "header", "html", "legend", "main", "nav",
-    "option", "tr"})
-# Stand-ins that survive the folding of white space; a page's own go first.
-KEPT_SPACE, KEPT_TAB, BULLET, NEW_LINE, NEW_PARAGRAPH = "\0\1\2\3\4"
-NO_STAND_INS = dict.fromkeys(range(5))
-KEEP_SPACE = {0x20: KEPT_SPACE, 0x09: KEPT_TAB}
-FREE_SPACE = {0: " ", 1: "\t", 0xa0: " "}
+# What comes between two words: the strongest gap that was asked for.
+GAPS = ("", " ", "\t", "\n", "\n\n")
+NONE, SPACE, CELL, LINE, PARAGRAPH, BREAK = range(6)
+BULLET = "* "
+TAG_GAPS = {
+    **dict.fromkeys(("article", "blockquote", "dl", "fieldset", "figure",
+                     "form", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "ol",
+                     "p", "pre", "section", "table", "ul"), PARAGRAPH),
+    **dict.fromkeys(("address", "aside", "body", "caption", "dd", "div", "dt",
+                     "figcaption", "footer", "head", "header", "html",
+                     "legend", "li", "main", "nav", "option", "tr"), LINE),
+    "td": CELL, "th": CELL, "br": BREAK}
 
-# Encodings of pages, by the names of Python's modules.  All are loaded at
-# start: after chroot, or without rights to Python's directory, none can be.
-# Others ("hex", "punycode", ...) are no text, or slow.
-CODECS = frozenset({
-    "big5", "cp1250", "cp1251", "cp1252", "cp1253", "cp1254", "cp1255",
-    "cp1256", "cp1257", "cp1258", "cp437", "cp850", "cp866", "euc_jp",
-    "euc_kr", "gb18030", "gb2312", "gbk", "iso2022_jp", "iso8859_10",
-    "iso8859_13", "iso8859_14", "iso8859_15", "iso8859_16", "iso8859_2",
-    "iso8859_3", "iso8859_4", "iso8859_5", "iso8859_6", "iso8859_7",
-    "iso8859_8", "iso8859_9", "koi8_r", "koi8_u", "mac_roman", "shift_jis",
-    "utf_16", "utf_16_be", "utf_16_le", "utf_8_sig"})
+# Encodings of pages, by the names of Python's modules, all loaded at the start
+# (a chroot may hide them).  Others ("hex", "punycode") are not text, or slow.
+CODECS = {
+    "big5", "cp437", "cp850", "cp866", "euc_jp", "euc_kr", "gb18030",
+    "gb2312", "gbk", "iso2022_jp", "koi8_r", "koi8_u", "mac_roman",
+    "shift_jis", "utf_16", "utf_16_be", "utf_16_le", "utf_8_sig",
+    *(f"cp125{part}" for part in range(9)),
+    *(f"iso8859_{part}" for part in range(2, 17) if part not in (11, 12))}
 # What pages call ASCII or Latin 1 is Windows 1252 (WHATWG Encoding 4.2); a
-# mark at the start of UTF-8 is no text.
+# mark at the start of UTF-8 is not text.
 READ_AS = {"ascii": "cp1252", "latin_1": "cp1252", "utf_8": "utf_8_sig"}
-META = re.compile(rb"<meta\b[^>]{0,200}?\bcharset\s*=\s*[\"']?([\w.:-]{1,40})",
-                  re.IGNORECASE)
+# When it is seen as ASCII it is not UTF-16 (WHATWG HTML 13.2.3.2).
+META = re.compile(rb"<meta\b[^>]{0,200}?\bcharset\s*=\s*[\"']?"
+                  rb"(?!utf-16)([\w.:-]{1,40})", re.IGNORECASE)
 CHARSET = re.compile(r";\s*charset\s*=\s*[\"']?([\w.:-]{1,40})",
                      re.ASCII | re.IGNORECASE)  # email.message is quadratic
-META_SPAN = 1024    # bytes in which HTML must name its encoding
-
-
-def html_text(page: str) -> str:
-    """Turn HTML, however broken, into lines of text; the title comes first."""
-    title, pre, out = "", 0, []
-    for token in TOKENS.finditer(page.translate(NO_STAND_INS)):
-        tag = (token["tag"] or "").lower()
-        if token["text"]:
-            out.append(page_words(token["text"], pre > 0))
-        elif token["title"] and not title:
-            title = page_words(token["title"], False).strip()
-        elif tag == "li":
-            out.append(NEW_LINE + ("" if token["end"] else BULLET))
-        elif tag in ("td", "th"):
-            out.append("" if token["end"] else "\t")
-        elif tag in PARAGRAPHS:
-            out.append(NEW_PARAGRAPH)
-        elif tag in LINES:
-            out.append(NEW_LINE)
-        elif tag == "br":
-            out.append("\n")
-        if tag == "pre":
-            pre = max(0, pre - 1) if token["end"] else pre + 1
-    body = fold_lines("".join(out))
-    if title and body.split("\n", 1)[0].strip().lower() != title.lower():
-        body = title + "\n\n" + body
-    return body.strip("\n") + "\n" if body.strip() else ""
-
-
-def page_words(text, pre):
-    """Resolve entities; fold white space, or in <pre> keep it."""
-    # More digits than a character has: html.unescape would raise.
-    text = re.sub("&#[0-9]{8,};?", "\ufffd", text)
-    text = html.unescape(text).translate(NO_STAND_INS)
-    if pre:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-        return text.translate(KEEP_SPACE)
-    return re.sub("[ \t\n\r\f]+", " ", text)
-
-
-def fold_lines(text):
-    """Drop white space around lines and beyond one empty line."""
-    text = re.sub("\2[ \n\3\4]+(?!\2)", BULLET, text)
-    text = re.sub("[ \n\3\4]+", fold_breaks, text).replace(BULLET, "* ")
-    lines = [line.strip(" \t").rstrip(" \t\0\1") for line in text.split("\n")]
-    text = re.sub("\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
-    return text.translate(FREE_SPACE)
-
-
-def fold_breaks(match):
-    """Fold the breaks between two words: the strongest one counts."""
-    if NEW_PARAGRAPH in match[0]:
-        return "\n\n"
-    if NEW_LINE in match[0]:
-        return "\n"
-    return "\n" * match[0].count("\n") or " "
 
 
 def choose_codec(charset, page, is_html):
     """Choose how to read a page: by its header, its <meta>, or as UTF-8."""
     if not charset and is_html:
-        found = META.search(page[:META_SPAN])
+        found = META.search(page[:1024])    # where HTML must name it
         charset = found[1].decode("ascii", "replace") if found else ""
-        # Seen as ASCII, so it is not UTF-16 (WHATWG HTML 13.2.3.2).
-        if charset.lower().startswith("utf-16"):
-            charset = ""
-    name = re.sub("[^a-z0-9]+", "_", (charset or "").lower())
+    name = re.sub("[^a-z0-9]+", "_", charset.lower())
     name = encodings.aliases.aliases.get(name, name)
     name = READ_AS.get(name, name)
     return name if name in CODECS else "utf_8_sig"
 
 
-# ---- One at a time: many threads that want the same thing -------------------
+def html_text(page: str) -> str:
+    """Turn HTML, however broken, into lines of text; the title comes first."""
+    title, pre, pieces = "", 0, []
+    for tag, end, text in html_tokens(page):
+        if not tag:
+            pieces += split_text(text, pre > 0)
+        elif tag == "title":
+            title = title or join_pieces(split_text(text, False))
+        elif tag == "li" and not end:
+            pieces += [LINE, BULLET]
+        else:
+            pieces.append(TAG_GAPS.get(tag, NONE))
+        if tag == "pre":
+            pre = max(0, pre - 1) if end else pre + 1
+    body = join_pieces(pieces)
+    if title and body.partition("\n")[0].strip().lower() != title.lower():
+        body = f"{title}\n\n{body}"
+    return body.strip("\n") + "\n" if body else ""
 
-class Flight:
-    """One thread's work, whose result the others wait for."""
 
-    def __init__(self, deadline):
-        self.deadline = deadline
-        self.done = threading.Event()
-        self.result = None
+def html_tokens(page: str) -> Iterator[tuple[str, str, str]]:
+    """Yield (tag, "/" if it is an end tag, raw text), or ("", "", text)."""
+    pos = 0
+    while pos < len(page):
+        token: Any = TOKEN.match(page, pos)
+        pos, end, tag = token.end(), token["end"], token["tag"] or "!"
+        if token["text"]:
+            yield "", "", token["text"]
+        elif token[0] == "<!--":
+            # "<!-->" is a whole comment.
+            _, pos = find_in_pieces(COMMENT_END, page, pos - len("--"))
+        else:
+            start = pos = find_tag_end(page, pos)
+            tag = tag.lower()
+            if tag in RAW and not end:
+                pos, _ = find_in_pieces(RAW[tag], page, start)
+            yield tag, end, page[start:min(pos, start + PIECE)]
 
 
-class Flights:
-    """Flights by key.  A flight past its deadline holds nobody up."""
+def find_in_pieces(regex, page, pos):
+    """Find start and end of a match; twice the page's end if there is none."""
+    while pos < len(page):
+        found = regex.search(page, pos, pos + PIECE)
+        if found:
+            return found.span()
+        pos += PIECE - 16       # more than what ends a comment or an element
+    return len(page), len(page)
 
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.flying = {}
 
-    def join(self, key, deadline):
-        """Return the flight for key, and whether it is the caller's to do."""
-        with self.lock:
-            flight = self.flying.get(key)
-            if flight is not None and time.monotonic() < flight.deadline:
-                return flight, False
-            flight = self.flying[key] = Flight(deadline)
-            return flight, True
+def find_tag_end(page, pos):
+    """Find the end of a tag; a ">" in a quoted value does not end it."""
+    while True:
+        start, pos = find_in_pieces(TAG_STOP, page, pos)
+        if start == pos or page[start] == ">":
+            return pos
+        pos = page.find(page[pos - 1], pos) + 1 or len(page)
 
-    def land(self, key, flight, result):
-        """Hand a result to those who wait, and forget the flight."""
-        flight.result = result
-        with self.lock:
-            if self.flying.get(key) is flight:
-                del self.flying[key]
-        flight.done.set()
+
+def split_text(text, pre):
+    """Give words and gaps of a text; in <pre> its lines and spaces."""
+    text = html.unescape(text)
+    if pre:
+        *lines, last = re.split("\r\n?|\n", text)
+        return [*itertools.chain(*((line.rstrip(), BREAK) for line in lines)),
+                last]
+    text = re.sub("[ \t\n\r\f]+", " ", text)
+    return [SPACE if text.startswith(" ") else NONE, text.strip(" "),
+            SPACE if text.endswith(" ") else NONE]
+
+
+def join_pieces(pieces):
+    """Join words, the strongest of the gaps between two of them kept."""
+    text, gap = [""], PARAGRAPH
+    for piece in pieces:
+        if isinstance(piece, str) and piece:
+            if piece == text[-1] == BULLET:
+                gap = LINE
+            if gap >= LINE:
+                text[-1] = text[-1].rstrip()
+            text += [GAPS[gap], piece]
+            gap = NONE
+        elif text[-1] == BULLET:
+            gap = NONE      # a bullet has its text on its line
+        elif piece == BREAK:
+            gap = PARAGRAPH if gap >= LINE else LINE
+        elif piece:
+            gap = max(gap, piece)
+    return "".join(text).replace("\xa0", " ").strip("\n").rstrip()
 
 
 # ---- Connections: one deadline for address, connect, TLS and every byte -----
 
-BACK_OFF = 5.0      # seconds that a failing host or page is left alone
-FAIR_TIME = 1.0     # seconds: who had less and timed out has shown nothing
-HURRY = 0.9         # of the most seconds that anybody has had: as little
-RESOLVE_TIME = 60.0  # seconds after which a hung name service is asked again
+PORTS = {"http": 80, "https": 443}
+AROUND = 65536      # bytes around a body: headers, sizes of chunks, trailers
 
 
-def timed_out(error: BaseException) -> bool:
-    """Tell a deadline from other failures; urllib wraps it."""
-    # socket.timeout is another class before Python 3.10.
-    return isinstance(getattr(error, "reason", error),
-                      (TimeoutError, socket.timeout))
+class ChrootCache:
+    """What a chroot would hide: loaded before it, and used by reloads too."""
+
+    tls: Any = None                         # with the certificates loaded
+    addresses: dict[Any, list[Any]] = {}    # of hosts, by name
 
 
-def fair_failure(error: BaseException, started: float) -> bool:
-    """Tell whether a failure shows that the host is at fault."""
-    return (not timed_out(error)
-            or time.monotonic() - started >= FAIR_TIME)
+def find_addresses(host: Any) -> list[Any]:
+    """Give the addresses of a host, known from before a chroot or found."""
+    return ChrootCache.addresses.get(host) or [
+        target[0] for *_, target in socket.getaddrinfo(
+            host, None, type=socket.SOCK_STREAM)]
 
 
-def plain_reason(error: BaseException) -> str:
-    """Put a failure of the network in one line for the log."""
+def plain_failure(error: Exception) -> OSError:
+    """Make a failure of the network an OSError, its reason in one line."""
+    cause = getattr(error, "reason", None)
+    error = cause if isinstance(cause, OSError) else error      # a URLError
+    text: object = f"{type(error).__name__}: {error}"
     if isinstance(error, http.client.IncompleteRead):
-        return "the answer ended early"
-    if isinstance(error, urllib.error.URLError):
-        error = error.reason if isinstance(error.reason, OSError) else error
-    if isinstance(error, OSError):
-        return one_line(error.strerror or error)
-    return one_line(f"{type(error).__name__}: {error}")
+        text = "the answer ended early"
+    elif isinstance(error, OSError):
+        text = error.strerror or error
+    # socket.timeout is another class before Python 3.10.
+    late = isinstance(error, (TimeoutError, socket.timeout))
+    reason = " ".join(str(text).split())[:500]
+    return (TimeoutError if late else OSError)(reason)
 
 
-class Dialler:
-    """Connects to hosts; one that cannot be reached is left alone a while."""
-
-    def __init__(self, clock):
-        self.clock = clock
-        self.flights = Flights()
-        self.down = {}      # (host, port): (until, reason)
-
-    def dial(self, address, timeout, source=None):
-        """Connect, as socket.create_connection does, with one deadline."""
-        started = time.monotonic()
-        until, reason = self.down.get(address, (0.0, ""))
-        if self.clock() < until:
-            raise OSError(f"{reason} (not yet tried again)")
+def dial(address, timeout, source=None):
+    """Connect as socket.create_connection does, with one deadline."""
+    deadline, failure = time.monotonic() + timeout, OSError("no address")
+    hosts = find_addresses(address[0])
+    for tried, host in enumerate(hosts):
         try:
-            sock = self._dial_any(address, started + timeout)
+            # A share for each: a dead address must not starve the next.
+            share = seconds_left(deadline) / (len(hosts) - tried)
+            sock = socket.create_connection((host, address[1]), share)
+            sock.settimeout(seconds_left(deadline))
+            return sock
         except OSError as error:
-            reason = plain_reason(error)
-            if fair_failure(error, started):
-                self.down[address] = (self.clock() + BACK_OFF, reason)
-            raise
-        self.down.pop(address, None)
-        return sock
-
-    def _dial_any(self, address, deadline):
-        failure = OSError(f"{address[0]} has no address")
-        found = self._resolve(address, deadline)
-        for tried, (family, kind, proto, _, target) in enumerate(found):
-            sock = None
-            try:
-                # A share for each: a dead address must not starve the next.
-                share = seconds_left(deadline) / (len(found) - tried)
-                sock = socket.socket(family, kind, proto)
-                sock.settimeout(share)
-                sock.connect(target)
-                sock.settimeout(seconds_left(deadline))
-                return sock
-            except OSError as error:
-                failure = error
-                if sock is not None:
-                    sock.close()
-        raise failure
-
-    def _resolve(self, address, deadline):
-        """Find addresses in time: getaddrinfo itself knows no timeout."""
-        host, port = address
-        if address in Kept.addresses:
-            return Kept.addresses[address]
-        try:
-            return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
-                                      flags=socket.AI_NUMERICHOST)
-        except socket.gaierror:
-            pass                # a name: in a thread, one for each host
-        flight, mine = self.flights.join(address,
-                                         time.monotonic() + RESOLVE_TIME)
-        if mine:
-            thread = threading.Thread(target=self._ask, args=(address, flight),
-                                      name="resolve", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError as error:       # no thread to be had
-                self.flights.land(address, flight, OSError(error))
-        if not flight.done.wait(seconds_left(deadline)):
-            raise TimeoutError(f"no address of {host} in time")
-        if isinstance(flight.result, OSError):
-            reason = plain_reason(flight.result)
-            raise OSError(f"no address of {host}: {reason}")
-        return flight.result
-
-    def _ask(self, address, flight):
-        """Ask the name service; land a list of addresses, or an OSError."""
-        result: Any = OSError("the name service was given up")
-        try:
-            result = socket.getaddrinfo(address[0], address[1],
-                                        type=socket.SOCK_STREAM)
-        except (OSError, ValueError) as error:
-            result = error if isinstance(error, OSError) else OSError(error)
-        finally:
-            self.flights.land(address, flight, result)
+            failure = error
+    raise failure
 
 
-def keep_address(host, port):
-    """Look a host up for the time when it cannot be."""
-    Kept.addresses[host, port] = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM)
+class BoundedFile(io.RawIOBase):
+    """What an origin sends, bounded in time and bytes, headers and all."""
 
-
-class TimedFile(io.RawIOBase):
-    """A socket's file whose reads each get what is left of the time.
-
-    A timeout of the socket alone starts anew with each byte that drips in.
-    """
-
-    def __init__(self, sock, file, deadline):
-        self.sock = sock
-        self.file = file
-        self.deadline = deadline
+    def __init__(self, *args):
+        self.sock, self.file, self.deadline, self.left = args
 
     def readable(self):
         return True
 
     def readinto(self, buffer):
+        if not self.left:
+            raise OSError("headers, chunk sizes or trailers are too long")
+        # A timeout of the socket alone starts again with each byte.
         self.sock.settimeout(seconds_left(self.deadline))
-        count = self.file.readinto(buffer)
+        count = self.file.readinto(memoryview(buffer)[:self.left])
+        self.left -= count
         # For the TLS handshake that may follow a proxy's answer.
         self.sock.settimeout(seconds_left(self.deadline))
         return count
 
     def close(self):
-        if not self.closed:
-            self.file.close()
+        self.file.close()
         super().close()
 
 
-class TimedResponse(http.client.HTTPResponse):
-    """A response that is all there by its deadline, or TimeoutError."""
+class BoundedHandler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
+    """urllib's handler of http and https, what it reads bounded."""
 
-    def __init__(self, deadline, sock, *args, **options):
-        super().__init__(sock, *args, **options)
-        self.fp = io.BufferedReader(
-            TimedFile(sock, self.fp.detach(), deadline))
+    def __init__(self, limit):
+        super().__init__(context=ssl.create_default_context())
+        self.limit = limit
 
+    def do_open(self, http_class, req, **options):
+        deadline = time.monotonic() + req.timeout
+        if ChrootCache.tls and "context" in options:
+            options["context"] = ChrootCache.tls
 
-def open_timed(kind, dial, host, timeout, **options):
-    """Make a connection of http.client whose timeout is for all of it.
+        def respond(sock, **options):
+            response = http.client.HTTPResponse(sock, **options)
+            response.fp = io.BufferedReader(BoundedFile(
+                sock, response.fp.detach(), deadline, self.limit))
+            return response
 
-    dial does what its socket.create_connection would.  The TLS handshake is
-    timed as a whole by the socket.
-    """
-    connection = kind(host, timeout=timeout, **options)
-    connection._create_connection = dial
-    connection.response_class = functools.partial(
-        TimedResponse, time.monotonic() + timeout)
-    return connection
+        def connect(host, **options):
+            connection = http_class(host, **options)
+            connection._create_connection = dial
+            connection.response_class = respond
+            return connection
 
-
-class HTTPHandler(urllib.request.HTTPHandler):
-    """urllib's handler, with our connections."""
-
-    def __init__(self, dial):
-        super().__init__()
-        self.connect = functools.partial(
-            open_timed, http.client.HTTPConnection, dial)
-
-    def http_open(self, request):
-        return self.do_open(self.connect, request)
-
-
-class HTTPSHandler(urllib.request.HTTPSHandler):
-    """The same for https, the peer's name and certificate checked."""
-
-    def __init__(self, dial):
-        self.tls = Kept.tls or ssl.create_default_context()
-        super().__init__(context=self.tls)
-        self.connect = functools.partial(
-            open_timed, http.client.HTTPSConnection, dial)
-
-    def https_open(self, request):
-        return self.do_open(self.connect, request, context=self.tls)
-
-
-# ---- Cache ------------------------------------------------------------------
-
-MAX_ANSWERS = 1000          # on each of two shelves: a large staff
-MAX_SHELF = 8 * 1024 ** 2   # bytes on each shelf: 1000 answers of 8 KiB
-ANSWER_COST = 500           # bytes of an entry beside its texts, about
-
-
-class Answer(NamedTuple):
-    """What a page gave: a text, None for no such user, or a failure."""
-
-    text: Optional[str]
-    until: float            # by the clock: not asked for again before
-    stale_until: float      # by the clock: not given after
-    failure: str = ""       # the reason, when there is no answer
-    late: bool = False      # the failure was a deadline
-
-
-class Shelf:
-    """Answers by URL, bounded in number and bytes, the oldest out first."""
-
-    def __init__(self):
-        self.answers = collections.OrderedDict()
-        self.size = 0
-
-    def take(self, url):
-        answer = self.answers.pop(url, None)
-        if answer is not None:
-            self.size -= self._cost(url, answer)
-        return answer
-
-    def put(self, url, answer):
-        if self._cost(url, answer) > MAX_SHELF:
-            return
-        self.answers[url] = answer
-        self.size += self._cost(url, answer)
-        while self.size > MAX_SHELF or len(self.answers) > MAX_ANSWERS:
-            self.take(next(iter(self.answers)))
-
-    @staticmethod
-    def _cost(url, answer):
-        return sum(map(sys.getsizeof, (url, answer.text, answer.failure)),
-                   ANSWER_COST)
-
-
-class Cache:
-    """Two shelves, so that a flood of names pushes out only its like.
-
-    What was asked for once is on the first.  Texts that are asked for again
-    move to the second; unknown users and failures never do.
-    """
-
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.once, self.again = Shelf(), Shelf()
-
-    def get(self, url):
-        with self.lock:
-            answer = self.again.take(url) or self.once.take(url)
-            if answer is not None:
-                shelf = self.once if answer.text is None else self.again
-                shelf.put(url, answer)
-            return answer
-
-    def put(self, url, answer):
-        with self.lock:
-            shelf = self.again if self.again.take(url) else self.once
-            self.once.take(url)
-            shelf.put(url, answer)
+        return super().do_open(connect, req, **options)
 
 
 # ---- web --------------------------------------------------------------------
 
-MAX_REDIRECTS = 5   # between an old address of a page and its newest
-PORTS = {"http": 80, "https": 443}
-HEADERS = [("User-Agent", "fingerd/" + __version__),
-           ("Accept", "text/plain, text/html;q=0.9, text/*;q=0.8")]
-HTML_TYPES = ("text/html", "application/xhtml+xml")
-TEXT_TYPE = re.compile(r"text/.*|application/((.*\+)?(json|xml)|yaml)")
-GZIP = 31           # wbits of zlib: a gzip header and trailer
-ZLIB, DEFLATE = 15, -15
-
-
-def check_url(setting: str, url: str) -> str:
-    """Check a URL of the config: http or https, and a host of its own."""
-    if not re.fullmatch("[!-~]+", url):
-        raise ValueError(f'{setting}: "{url}" holds a space or a character'
-                         " beyond ASCII; write it percent-encoded")
-    try:
-        parts = urllib.parse.urlsplit(url)
-        host = parts.hostname if parts.port != 0 else None
-    except ValueError as error:
-        reason = one_line(error).lower()
-        raise ValueError(f'{setting}: "{url}" is not a URL ({reason});'
-                         " correct it") from None
-    if "@" in parts.netloc:     # not quoted: it may be a password
-        raise ValueError(f"{setting}: there is a user name or password before"
-                         " the host; leave it out")
-    if parts.scheme not in PORTS or not host:
-        raise ValueError(f'{setting}: "{url}" is not a web address; write'
-                         " https://host/path")
-    if "{user}" in parts.netloc:
-        raise ValueError(f'{setting}: "{url}" lets the client name the host;'
-                         ' write "/" after the host')
-    if climbs(url):
-        raise ValueError(f'{setting}: "{url}" holds a "." or ".." segment;'
-                         " write the path without")
-    return url
-
-
-def climbs(url: str) -> bool:
-    """Tell whether some server might see a "." or ".." segment in url."""
-    # Twice: servers differ in when, and how often, they decode.
-    path = urllib.parse.urlsplit(url).path
-    path = urllib.parse.unquote(urllib.parse.unquote(path))
-    return not {".", ".."}.isdisjoint(re.split(r"[/\\;]", path))
+MAX_PAGES = 1000            # in a cache: a large staff
+MAX_CACHE = 8 * 1024 ** 2   # bytes of their texts: 8 KiB each
+MAX_REDIRECTS = 5           # between an old address of a page and its newest
+WEB_URL = re.compile(r"https?://(?:[\w.-]+|\[[\da-fA-F:.]+\])"
+                     r"(?::(?P<port>\d{1,5}))?(?:[/?#][!-~]*)?", re.ASCII)
+TEXT_TYPE = re.compile(r"(?P<html>text/html|application/xhtml\+xml)"
+                       r"|text/.*|application/(?:(?:.*\+)?(?:json|xml)|yaml)")
+# One page at a time is turned into text: more would not be done sooner, and
+# leave less of the processor to the server.
+one_page = threading.Lock()
 
 
 def choose_template(url: str, prefix: str) -> str:
     """Make the one URL, with {user} in it, of the two settings."""
-    if url and prefix:
-        raise ValueError("prefix: url is set as well; write only one of them")
-    if not url and not prefix:
-        raise ValueError("url: is missing; write url = "
-                         "https://example.org/~{user}")
-    if prefix:
-        if "{user}" in prefix:
-            raise ValueError(f'prefix: "{prefix}" holds {{user}}, but the name'
-                             " is appended; leave it out, or write url")
-        return check_url("prefix", prefix + "{user}")
-    # What is behind "#" is never sent.
-    if "{user}" not in check_url("url", url).partition("#")[0]:
-        raise ValueError(f'url: "{url}" has no place for the name; write'
-                         " {user} in its path")
-    return url
+    if bool(url) == bool(prefix):
+        raise ValueError("url: write either url or prefix, e.g. url ="
+                         " https://example.org/~{user}")
+    return (check_url("url", url) if url
+            else check_url("prefix", prefix, "{user}"))
 
 
-def read_pieces(response):
-    """Yield a body as it comes; raise OSError if it ends before its length."""
-    data = response.read(READ_SIZE)
-    while data:
-        yield data
-        data = response.read(READ_SIZE)
-    if response.length:
-        raise OSError("the answer ended early")
+def check_url(setting: str, text: str, more: str = "") -> str:
+    """Check a URL of the config: http or https, and a host of its own."""
+    url = text + more
+    found = WEB_URL.fullmatch(url)
+    users = url.partition("#")[0].count("{user}")   # "#..." is never sent
+    if not found or not 0 < int(found["port"] or 80) < 65536:
+        text = re.sub("//.*@", "//...@", text)      # it may be a password
+        wrong = "is not a web address; write https://host/path"
+    elif climbs(url):
+        wrong = 'has a "." or ".." segment; write the path without'
+    elif users > {"index": 0, "prefix": 1}.get(setting, users):
+        wrong = "has a {user} that has no place here; leave it out"
+    elif not users and setting != "index":
+        wrong = "has no place for the name; write {user} in its path"
+    else:
+        return url
+    raise ValueError(f'{setting}: "{text}" {wrong}')
 
 
-def read_page(response, limit):
-    """Read a body, unpacked, up to limit bytes and one that tells of more."""
-    coding = response.headers.get("Content-Encoding", "").strip().lower()
-    pieces = read_pieces(response)
-    if coding in ("gzip", "x-gzip", "deflate"):
-        pieces = unpack(pieces, coding, limit)
-    elif coding not in ("", "identity"):
-        raise OSError(f'its encoding "{coding}" was not asked for')
-    page = bytearray()
-    for piece in pieces:
-        page += piece
-        if len(page) > limit:
+def climbs(url: str) -> bool:
+    """Report whether some server might see a "." or ".." segment in url."""
+    # Twice: servers differ in when, and how often, they decode.
+    path = unquote(unquote(urlsplit(url).path))
+    return not {".", ".."}.isdisjoint(re.split(r"[/\\;]", path))
+
+
+def read_body(response, limit):
+    """Read up to limit bytes and one; read() would believe a size of -1."""
+    promised, body = response.length, bytearray()       # None: unknown
+    wanted = limit + 1 if promised is None else min(promised, limit + 1)
+    while len(body) < wanted:
+        data = response.read1(wanted - len(body))
+        if not data and promised:
+            raise OSError("the answer ended early")
+        if not data:
             break
-    return bytes(page[:limit + 1])
+        body += data
+    return body
 
 
-def unpack(pieces, coding, limit):
-    """Unpack gzip, of any number of members, or deflate, bit by bit.
+class Page:
+    """What is known of a page, and the lock of the thread that fetches it."""
 
-    No piece is longer than limit + 1 bytes, whatever a bomb would become.
-    """
-    engine = None
-    for data in pieces:
-        rest = data
-        while rest:
-            if engine is None:
-                engine = zlib.decompressobj(choose_engine(coding, rest))
-            yield engine.decompress(rest, limit + 1)
-            rest = engine.unconsumed_tail
-            if engine.eof and coding == "deflate":
-                return
-            if engine.eof:
-                # Between members there may be padding.
-                rest, engine = engine.unused_data.lstrip(b"\0"), None
-    if engine is not None:
-        raise OSError(f"its {coding} data ended early")
-
-
-def choose_engine(coding, data):
-    """Choose the wbits of zlib; many servers say deflate and mean raw."""
-    if coding != "deflate":
-        return GZIP
-    return ZLIB if data[0] & 15 == 8 else DEFLATE
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.text: str | None = None            # None: no such user
+        self.failure: OSError | None = None     # instead of a text
+        self.came = 0.0             # monotonic: good for all that asked before
+        self.until = 0.0            # by the clock: good for all until then
+        self.stale_until = 0.0      # by the clock: good if a new one fails
 
 
 class WebBackend:
     """Answers with a page, fetched from a fixed host and turned into text.
 
     A redirect may go from http to https, never back, to the same host or one
-    of redirect_hosts, there to the port usual for its scheme or to the one
-    the config names.  The proxies of the environment are used as everywhere
-    in urllib.  404 and 410 are no such user; what is neither that nor 200 is
-    a failure.  The index must be there: without it, the list has failed.
+    of redirect_hosts, to the port usual for its scheme or that of the config.
+    The proxies of the environment are used.  404 and 410 are no such user;
+    what is neither that nor 200 is a failure, and so is an index of those.
     """
 
     waits = True
     settings = (
-        ("url", "text", "",
-         "page of a user, {user} in its path: https://example.org/~{user}"),
-        ("prefix", "text", "",
-         "the same in short, the name is appended: https://example.org/~"),
-        ("index", "text", "",
-         "page that answers the user list; empty: there is none"),
-        ("max_output", "size", "256K",
-         "bytes that are read of a page, and sent of its text"),
-        ("cache", "period", "60",
-         "seconds that an answer is kept; 0: none is"),
-        ("stale", "period", "3600",
-         "seconds after those that it still serves, when the origin fails"),
-        ("redirect_hosts", "hosts", "",
-         "other hosts that a redirect may lead to"),
+        ("url", "text", "", "page of a user: https://example.org/~{user}"),
+        ("prefix", "text", "", "the same in short, the name is appended"),
+        ("index", "text", "", "page that answers the user list, if any"),
+        ("pattern", "text", r"\w[\w.+-]{0,63}", "what a whole name matches"),
+        ("max_output", "size", "256K", "bytes that are read of a page"),
+        ("cache", "period", "60", "seconds that an answer is kept"),
+        ("stale", "period", "3600", "seconds more when the origin fails"),
+        ("redirect_hosts", "hosts", "", "to which redirects may lead, too"),
     )
 
-    def __init__(self, options: Dict[str, Any], report: Callable[[str], None],
-                 clock: Callable[[], float] = time.monotonic) -> None:
-        self.template = choose_template(options["url"], options["prefix"])
-        self.index = options["index"] and check_url("index", options["index"])
-        refuse_user("index", self.index)
-        self.max_output = options["max_output"]
-        self.keep = options["cache"]
-        self.stale = options["stale"]
-        self.redirect_hosts = frozenset(options["redirect_hosts"])
-        self.report = report
-        self.clock = clock
-        self.cache = Cache()
-        self.longest = 0.0      # seconds that anybody has had for a page
-        self.flights = Flights()
-        self.opener = self._make_opener(Dialler(clock).dial)
-        # Later they may be out of reach; idna is for names of hosts.
-        for name in CODECS | {"idna"}:
+    def __init__(self, options, report, clock=time.monotonic):
+        self.template, self.index, self.pattern = check_all(
+            lambda: choose_template(options["url"], options["prefix"]),
+            lambda: options["index"] and check_url("index", options["index"]),
+            lambda: NamePattern(options["pattern"]))
+        self.options, self.report, self.clock = options, report, clock
+        self.warnings: list[str] = []
+        self.lock = threading.Lock()
+        self.pages: dict[str, Page] = {}    # the one asked for last is last
+        self.opener = urllib.request.OpenerDirector()   # follows no redirect
+        self.opener.addheaders = [
+            ("User-Agent", "fingerd/" + __version__),
+            ("Accept", "text/plain, text/html;q=0.9, text/*;q=0.8")]
+        self.opener.add_handler(urllib.request.ProxyHandler())
+        self.opener.add_handler(BoundedHandler(options["max_output"] + AROUND))
+        for name in CODECS | {"idna"}:      # later they may be out of reach
             codecs.lookup(name)
 
     def enter_chroot(self, path: str) -> None:
         """Look the hosts up and load all certificates, while we can."""
-        for setting, url in (("prefix", self.template), ("index", self.index)):
-            parts = urllib.parse.urlsplit(url)
-            if not url:
-                continue
-            try:
-                keep_address(parts.hostname, parts.port or PORTS[parts.scheme])
-            except OSError as error:
-                raise ValueError(f"{setting}: {parts.hostname} has no address"
-                                 f" now ({plain_reason(error)}), and inside"
-                                 " the chroot it cannot be looked up"
-                                 ) from None
-        proxies = map(urllib.parse.urlsplit,
-                      urllib.request.getproxies().values())
-        for host, port in [(host, port) for host in self.redirect_hosts
-                           for port in PORTS.values()] + [
-                           (proxy.hostname, proxy.port) for proxy in proxies]:
+        hosts = {name: urlsplit(self.options[name]).hostname
+                 for name in ("url", "prefix", "index") if self.options[name]}
+        proxies = [urlsplit(url if "//" in url else f"//{url}").hostname
+                   for scheme, url in urllib.request.getproxies().items()
+                   if scheme in PORTS]
+        for host in [*hosts.values(), *proxies,
+                     *self.options["redirect_hosts"]]:
             with contextlib.suppress(OSError):
-                keep_address(host, port)
-        Kept.tls = self._load_certificates()
-        self.opener = self._make_opener(Dialler(self.clock).dial)
-
-    @staticmethod
-    def _load_certificates():
-        """Make a TLS context that will not look for certificates later."""
-        tls = ssl.create_default_context()
+                ChrootCache.addresses[host] = find_addresses(host)
+        errors = [f"{name}: no address of {host} is found, nor will be in the"
+                  " chroot; write an address instead of the name"
+                  for name, host in hosts.items()
+                  if host not in ChrootCache.addresses]
+        if errors:
+            raise ValueError("\n".join(errors))
+        ChrootCache.tls = ssl.create_default_context()
         folder = ssl.get_default_verify_paths().capath
         for name in os.listdir(folder) if folder else ():
             with contextlib.suppress(OSError):      # SSLError is one
-                tls.load_verify_locations(os.path.join(folder, name))
-        return tls
+                ChrootCache.tls.load_verify_locations(f"{folder}/{name}")
 
-    @staticmethod
-    def _make_opener(dial):
-        """Make an opener that knows http and https, and follows nothing."""
-        opener = urllib.request.OpenerDirector()
-        opener.addheaders = HEADERS
-        for handler in (urllib.request.ProxyHandler(), HTTPHandler(dial),
-                        HTTPSHandler(dial)):
-            opener.add_handler(handler)
-        return opener
-
-    def lookup(self, user: str, verbose: bool, client: str,
-               timeout: float) -> Optional[str]:
+    def lookup(self, user, verbose, client, timeout):
         """Give the text of the user's page; None: no such user."""
-        name = urllib.parse.quote(user, safe="")
-        url = self.template.replace("{user}", name)
-        return None if climbs(url) else self._answer(url, timeout)
+        url = self.template.replace("{user}", quote(user, safe=""))
+        if not self.pattern.fits(user) or climbs(url):
+            return None
+        return self._answer(url, timeout)
 
-    def user_list(self, verbose: bool, client: str,
-                  timeout: float) -> Optional[str]:
+    def user_list(self, verbose, client, timeout):
         """Give the text of the index page; None: it is not set."""
         if not self.index:
             return None
@@ -1065,86 +796,71 @@ class WebBackend:
         return text
 
     def _answer(self, url, timeout):
-        answer = self.cache.get(url)
-        if answer is None or self.clock() >= answer.until:
-            answer = self._renewed(url, time.monotonic() + timeout)
-        if answer.failure:
-            raise (TimeoutError if answer.late else OSError)(answer.failure)
-        return answer.text
-
-    def _renewed(self, url, deadline):
-        """Renew an answer, or wait for one who does so already."""
-        while True:
-            left = deadline - time.monotonic()
-            flight, mine = self.flights.join(url, deadline)
-            if mine:
-                self._fly(url, flight, max(left, 0))
-            elif not flight.done.wait(max(left, 0)):
-                raise TimeoutError(f"GET {url}: timed out")
-            # Another may have had less time than there is.
-            if mine or not flight.result.late or (
-                    time.monotonic() >= deadline):
-                return flight.result
-
-    def _fly(self, url, flight, timeout):
-        """Renew an answer for all who wait for it."""
-        answer = Answer(None, 0.0, 0.0, f"GET {url}: was given up")
+        """Give the text of a page, fetched by one thread for all that ask."""
+        asked, page = time.monotonic(), self._page(url)
+        if not page.lock.acquire(timeout=max(timeout, 0)):
+            raise TimeoutError(f"GET {url}: timed out")
         try:
-            # Again: the flight before may have landed since.
-            known = self.cache.get(url)
-            if known is None or self.clock() >= known.until:
-                known = self._renew(url, known, timeout)
-                if self.keep:
-                    self.cache.put(url, known)
-            answer = known
+            if page.came < asked and self.clock() >= page.until:
+                self._renew(page, url, asked + timeout)
+            text, failure = page.text, page.failure
         finally:
-            self.flights.land(url, flight, answer)
+            page.lock.release()
+        if failure:
+            raise type(failure)(f"GET {url}: {failure}")
+        return text
 
-    def _renew(self, url, known, timeout):
-        """Fetch a page; when that fails, fall back on what is known."""
-        stale = (known is not None and not known.failure
-                 and self.clock() < known.stale_until)
-        self.longest = max(self.longest, timeout)
-        started = time.monotonic()
+    def _page(self, url):
+        """Give what is known of a page; forget what was asked for least."""
+        with self.lock:
+            page = self.pages.pop(url, Page())
+            self.pages[url] = page
+            texts = [known.text for known in self.pages.values()]
+            while (len(self.pages) > MAX_PAGES
+                   or sum(map(sys.getsizeof, texts)) > MAX_CACHE):
+                del self.pages[next(iter(self.pages))], texts[0]
+            return page
+
+    def _renew(self, page, url, deadline):
+        """Fetch a page; when that fails, what is known of it may do."""
+        stale = self.clock() < page.stale_until
+        if stale:       # leave time to give it
+            deadline -= (deadline - time.monotonic()) / 2
         try:
-            # With an answer in hand, leave time to give it.
-            text = self._fetch(url, timeout / 2 if stale else timeout)
+            page.text, page.failure = self._fetch(url, deadline), None
+            if self.options["cache"]:
+                page.until = self.clock() + self.options["cache"]
+                page.stale_until = page.until + self.options["stale"]
         except (OSError, http.client.HTTPException, ValueError,
-                zlib.error) as error:
-            reason = f"GET {url}: {plain_reason(error)}"
-            again = self.clock()
-            hurried = timed_out(error) and timeout < HURRY * self.longest
-            if fair_failure(error, started) and (stale or not hurried):
-                again += min(BACK_OFF, self.keep)
-            if not stale:
-                return Answer(None, again, 0.0, reason, timed_out(error))
-            self.report("an old answer is given: " + reason)
-            return known._replace(until=again)
-        until = self.clock() + self.keep
-        return Answer(text, until, until + self.stale)
+                OverflowError) as error:
+            failure = plain_failure(error)
+            if stale:
+                self.report(f"an old answer is given: GET {url}: {failure}")
+            else:
+                page.text, page.failure = None, failure
+                if isinstance(failure, TimeoutError):
+                    return      # others may have more time
+        page.came = time.monotonic()
 
-    def _fetch(self, url, timeout):
+    def _fetch(self, url, deadline):
         """Get a page, by redirects if need be, as text; None: not there."""
-        deadline, origin = time.monotonic() + timeout, url
+        origin = url
         for _ in range(MAX_REDIRECTS + 1):
-            request = urllib.request.Request(url)
-            response = self.opener.open(request, None, seconds_left(deadline))
-            if response is None:
-                raise OSError("the proxy for it is of an unknown kind")
+            response = self.opener.open(url, None, seconds_left(deadline))
             with response:
-                location = response.headers.get("Location")
                 if response.status not in (301, 302, 303, 307, 308):
-                    return self._read(response)
-                url = self._follow(origin, url, location or "")
+                    return self._read(response, deadline)
+                location = response.headers.get("Location", "")
+            url = self._follow(origin, url, location)
         raise OSError(f"more than {MAX_REDIRECTS} redirects")
 
     def _follow(self, origin, url, location):
         """Check where a redirect leads."""
         # http.client reads headers as Latin 1.
-        location = urllib.parse.quote(location, string.punctuation, "latin-1")
-        target = urllib.parse.urljoin(url, location)
-        first, parts = map(urllib.parse.urlsplit, (origin, target))
-        hosts = self.redirect_hosts | {first.hostname}
+        location = quote(location, "!#$%&'()*+,/:;=?@[]~", "latin-1")
+        target = urljoin(url, location)
+        first, parts = urlsplit(origin), urlsplit(target)
+        hosts = {first.hostname, *self.options["redirect_hosts"]}
         ports = {PORTS.get(parts.scheme), first.port}
         if (parts.scheme not in PORTS or "@" in parts.netloc
                 or (url.startswith("https:") and parts.scheme != "https")
@@ -1153,22 +869,30 @@ class WebBackend:
             raise OSError(f'redirected to "{target}", which is not allowed')
         return target
 
-    def _read(self, response):
+    def _read(self, response, deadline):
         """Make text of a final response; None: no such page."""
+        kind = response.headers.get_content_type()
+        coding = response.headers.get("Content-Encoding", "").strip().lower()
         if response.status in (404, 410):
             return None
         if response.status != 200:
             raise OSError(f"{response.status} {response.reason}")
-        kind = response.headers.get_content_type()
-        if kind not in HTML_TYPES and not TEXT_TYPE.fullmatch(kind):
+        found = TEXT_TYPE.fullmatch(kind)
+        if not found:
             raise OSError(f'its type "{kind}" is not text')
-        page = read_page(response, self.max_output)
+        if coding not in ("", "identity"):
+            raise OSError(f'its encoding "{coding}" was not asked for')
+        limit = self.options["max_output"]
+        body = read_body(response, limit)
         named = CHARSET.search(response.headers.get("Content-Type", ""))
-        codec = choose_codec(named and named[1], page, kind in HTML_TYPES)
-        text = decode_text(page, codec, self.max_output)
-        if kind in HTML_TYPES:
-            text = html_text(text)
-        return clip_text(text, self.max_output, len(page) > self.max_output)
+        codec = choose_codec(named[1] if named else "", body, found["html"])
+        if not one_page.acquire(timeout=seconds_left(deadline)):
+            raise TimeoutError("other pages took the time: timed out")
+        try:
+            return make_text(body, codec, limit,
+                             html_text if found["html"] else str)
+        finally:
+            one_page.release()
 
 
 BACKENDS = {"finger": FingerBackend, "web": WebBackend}
