@@ -2720,7 +2720,7 @@ class ProcessTest(unittest.TestCase):
             self.assertEqual(
                 len([x for x in program.lines if "starved" in x]), 1)
             stack.close()
-            for _ in range(2):      # it is over when one finds it idle
+            for _ in range(12):     # it is over when one finds it idle
                 wait_until(lambda: len(os.listdir(f"/proc/{program.pid}/fd"))
                            == used, "the closes")
                 self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
