@@ -161,14 +161,15 @@ REAP_TIME = 1.0     # seconds a killed program may take to vanish
 class LiveRuns:
     """The runs whose programs live: the daemon must not leave them behind."""
 
-    lock = threading.Lock()     # a run is removed before it is reaped
+    # Held from a start until it is known; a run leaves before it is reaped.
+    lock = threading.Lock()
     runs: set[Run] = set()
 
     @classmethod
     def kill_all(cls):
-        with cls.lock:
-            for run in cls.runs:
-                run.kill()
+        cls.lock.acquire()      # and never released: none is started now
+        for run in cls.runs:
+            run.kill()
 
 
 class Run:
@@ -191,15 +192,15 @@ class Run:
             # Debian's finger obeys .nofinger only when stdin is a socket.
             stdin, peer = map(theirs.enter_context, socket.socketpair())
             peer.close()
-            # As bytes, so that the daemon's locale cannot spoil a name.
-            self.process = subprocess.Popen(
-                [argv[0], *(word.encode() for word in argv[1:])],
-                env={key.encode(): env[key].encode() for key in env},
-                stdin=stdin.fileno(), stdout=stdout, stderr=stderr,
-                close_fds=True, start_new_session=True)
+            with LiveRuns.lock:
+                # As bytes, so that the daemon's locale cannot spoil a name.
+                self.process = subprocess.Popen(
+                    [argv[0], *(word.encode() for word in argv[1:])],
+                    env={key.encode(): env[key].encode() for key in env},
+                    stdin=stdin.fileno(), stdout=stdout, stderr=stderr,
+                    close_fds=True, start_new_session=True)
+                LiveRuns.runs.add(self)
             self.pipes = ours.pop_all()
-        with LiveRuns.lock:
-            LiveRuns.runs.add(self)
 
     def read(self, limit: int, deadline: float) -> None:
         """Read both pipes until all is said, or too much, or too late.
