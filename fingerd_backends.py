@@ -1171,4 +1171,25 @@ class WebBackend:
         return clip_text(text, self.max_output, len(page) > self.max_output)
 
 
+# ---- Until the merge: two helpers that are in Text and Settings then --------
+
+def make_text(data, codec, limit, convert=str):
+    """Make text of data, bad bytes as \\x9b, and cut it at a line if long."""
+    text = convert(decode_text(data, codec, limit))
+    return clip_text(text, limit, len(data) > limit)
+
+
+def check_all(*checks):
+    """Give what the checks give, or raise all their ValueErrors as one."""
+    results, errors = [], []
+    for check in checks:
+        try:
+            results.append(check())
+        except ValueError as error:
+            errors.append(str(error))
+    if errors:
+        raise ValueError("\n".join(errors))
+    return results
+
+
 BACKENDS = {"finger": FingerBackend, "web": WebBackend}
