@@ -16,6 +16,7 @@ import codecs
 import collections
 import contextlib
 import encodings.aliases
+import errno
 import functools
 import html
 import http.client
@@ -28,6 +29,7 @@ import shutil
 import signal
 import socket
 import ssl
+import stat
 import string
 import subprocess
 import sys
@@ -1192,4 +1194,150 @@ def check_all(*checks):
     return results
 
 
-BACKENDS = {"finger": FingerBackend, "web": WebBackend}
+# ---- Files as an enemy wrote them -------------------------------------------
+
+MAX_FILE = 256 * 1024   # bytes that are read of a file: of a page, too
+MAX_LISTED = 10_000     # files that a list opens: more than a reply ever holds
+MAX_FIRST = 1000        # bytes that are read of each
+PLAIN_NAME = re.compile(r"\w[\w.+-]{0,63}")
+# Follow no symlink, wait for no writer of a FIFO and for no lease, get no
+# controlling terminal.
+FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+# A directory that may be searched need not be readable, where systems know.
+FOLDER_FLAGS = os.O_DIRECTORY | getattr(
+    os, "O_PATH", getattr(os, "O_SEARCH", os.O_RDONLY))
+# Why there is no such file: systems differ about symlinks and sockets.
+ABSENT = {getattr(errno, name, errno.ENOENT) for name in (
+    "ENOENT", "ENOTDIR", "EISDIR", "ENAMETOOLONG", "ELOOP", "EMLINK",
+    "EFTYPE", "ENXIO", "EOPNOTSUPP")}
+
+
+@contextlib.contextmanager
+def open_folder(path):
+    """Give the descriptor of a directory, closed at the end."""
+    fd = os.open(path, FOLDER_FLAGS)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def read_file(folder, name, owner=None, limit=MAX_FILE):
+    """Give the text of a regular file in a folder, None if there is none.
+
+    With an owner (a uid) another's file does not count.
+    """
+    try:
+        fd = os.open(name.encode(), FILE_FLAGS, dir_fd=folder)
+    except OSError as error:
+        if error.errno in ABSENT:
+            return None
+        raise
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or owner not in (None, info.st_uid):
+            return None
+        with open(fd, "rb", closefd=False) as file:
+            return make_text(file.read(limit + 1), "utf-8", limit)
+    finally:
+        os.close(fd)
+
+
+# ---- files ------------------------------------------------------------------
+
+def check_index(index, listed):
+    """Check the name of the file that is the user list."""
+    if index in (".", "..") or "/" in index:
+        raise ValueError(f'index: "{index}" is not the name of a file in the'
+                         " directory; write e.g. index.txt")
+    if index and listed:
+        raise ValueError("list: index answers the user list; leave one out")
+
+
+class FilesBackend:
+    """Answers with a text file of a directory, read at each query.
+
+    A client names a file, without the .txt that may be behind its name.  What
+    does not match PLAIN_NAME, as a path or a hidden file, names nothing.
+    """
+
+    waits = True
+    settings = (
+        ("directory", "directory", "", "where NAME or NAME.txt is a user's"),
+        ("index", "path", "", "file there that is the user list, if any"),
+        ("list", "yes/no", "no", "make a user list of their first lines?"),
+    )
+
+    def __init__(self, options, report):
+        self.directory, self.index, self.listed = (
+            options[row[0]] for row in self.settings)
+        self.report = report
+        check_all(self._check_directory,
+                  lambda: check_index(self.index, self.listed))
+        self.enter_chroot("")
+
+    def _check_directory(self):
+        if not self.directory:
+            raise ValueError("directory: is empty; write e.g. /srv/finger")
+
+    def enter_chroot(self, path):
+        """Warn unless the directory is there; it is opened for each query."""
+        self.warnings = [] if os.path.isdir(path + self.directory) else [
+            f'directory: "{path}{self.directory}" is not a directory; make it']
+
+    def lookup(self, user, verbose, client, timeout):
+        """Give the text of a user's file; None: no such user."""
+        if not self._may_be_user(user):
+            return None
+        names = [name + end for name in dict.fromkeys((user, user.lower()))
+                 for end in ("", ".txt")]
+        with open_folder(self.directory) as folder:
+            texts = (self._read(folder, name) for name in names)
+            return next((text for text in texts if text is not None), None)
+
+    def user_list(self, verbose, client, timeout):
+        """Give the text of the index, or of a list; None: no such setting."""
+        if not self.index and not self.listed:
+            return None
+        with open_folder(self.directory) as folder:
+            if self.listed:
+                return self._list(folder, time.monotonic() + timeout)
+            text = read_file(folder, self.index)
+        if text is None:
+            raise OSError(f"{self.index}: is not a file in {self.directory}")
+        return text
+
+    def _may_be_user(self, name):
+        return (PLAIN_NAME.fullmatch(name) is not None
+                and not name.lower().endswith(".txt"))
+
+    def _read(self, folder, name, **options):
+        """Read a user's file; None: there is none that we may read."""
+        if name.lower() == self.index.lower():
+            return None
+        try:
+            return read_file(folder, name, **options)
+        except PermissionError:
+            self.report(f"{self.directory}/{name}: permission denied")
+            return None
+
+    def _list(self, folder, deadline):
+        """Give a line for each user, with the first line of the text."""
+        lines = {}
+        for file in sorted(os.listdir(self.directory)):
+            name = file[:-len(".txt")] if file.endswith(".txt") else file
+            if name in lines or not self._may_be_user(name):
+                continue
+            seconds_left(deadline)
+            text = self._read(folder, file, limit=MAX_FIRST)
+            if text is not None:
+                lines[name] = text.partition("\n")[0]
+            if len(lines) == MAX_LISTED:
+                break
+        width = max(map(len, lines), default=0)
+        return "".join(f"{name:{width}}  {line}\n"
+                       for name, line in lines.items())
+
+
+BACKENDS = {"finger": FingerBackend, "web": WebBackend,
+            "files": FilesBackend}
