@@ -20,7 +20,9 @@ import errno
 import functools
 import html
 import http.client
+import importlib
 import io
+import math
 import os
 import re
 import selectors
@@ -1339,5 +1341,228 @@ class FilesBackend:
                        for name, line in lines.items())
 
 
+# ---- sql --------------------------------------------------------------------
+
+MAX_ROWS = 10_000       # that are read of a result: more than a reply holds
+CLOCK_STEPS = 10_000    # of SQLite, some 0.2 ms, between looks at the clock
+# How a module wants its parameter written: its paramstyle (PEP 249).
+MARKS = {"qmark": "?", "format": "%s", "pyformat": "%s", "numeric": ":1",
+         "named": ":name"}
+CONNECT_WORD = re.compile(r"""\s*([A-Za-z_]\w*)=
+    (?: (["'])(.*?)\2 | ([^\s"']\S*)? ) (?!\S)""", re.VERBOSE | re.DOTALL)
+
+
+def load_module(name):
+    """Import a DB-API 2 module; give it and its mark of a parameter."""
+    try:
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", name):
+            raise ImportError("that is not a name of a module")
+        module = importlib.import_module(name)
+        mark = MARKS[module.paramstyle]
+        if module.threadsafety:
+            return module, mark
+        wrong = "may not be used by threads; write another"
+    except ImportError as error:
+        wrong = f"cannot be imported ({error}); install it, or write sqlite3"
+    except (AttributeError, KeyError):
+        wrong = "is not a DB-API 2 module; write e.g. psycopg"
+    raise ValueError(f'module: "{name}" {wrong}')
+
+
+def split_words(text):
+    """Make keyword arguments of name=value words; a quoted value is text."""
+    words = {}
+    for name, quote, quoted, plain in CONNECT_WORD.findall(text):
+        number = not quote and re.fullmatch("-?[0-9]+", plain)
+        words[name] = int(plain) if number else quoted or plain
+    if CONNECT_WORD.sub("", text).strip():      # not shown: a password
+        raise ValueError("connect: is not made of name=value words; write e.g."
+                         " dbname=people password='with spaces'")
+    return words
+
+
+def choose_database(sqlite, database, connect):
+    """Make the arguments of the module's connect()."""
+    words = split_words(connect)
+    if not sqlite and database:
+        raise ValueError("database: is for module = sqlite3; write connect")
+    if sqlite and words:
+        raise ValueError("connect: is for other modules; write database")
+    if sqlite and not database:
+        raise ValueError("database: is empty; write e.g. /srv/people.db")
+    return words if not sqlite else {
+        "database": f"file:{urllib.parse.quote(database)}?mode=ro",
+        "uri": True, "check_same_thread": False}
+
+
+def check_query(setting, query, mark, wanted):
+    """Check how often the parameter is in a query: once, or never."""
+    count = query.count(mark)
+    if count != wanted:
+        advice = ("write it once, where the name goes" if wanted
+                  else "leave it out, a list has no name")
+        raise ValueError(f"{setting}: has {count} times {mark}; {advice}")
+
+
+def spell_rows(columns, rows):
+    """Give a line for each value that is not NULL; None if there is none."""
+    lines = []
+    for row in rows:
+        for column, value in zip(columns, row):
+            name = f"{column}: " if len(columns) > 1 else ""
+            if isinstance(value, (bytes, bytearray, memoryview)):
+                name += make_text(bytes(value), "utf-8", MAX_FILE)
+            elif value is not None:
+                name += str(value)
+            else:
+                continue
+            lines.append(name.rstrip("\n") + "\n")
+    return "".join(lines) if lines else None
+
+
+def limit_sqlite(connection, deadline):
+    """Have SQLite give up at the deadline, be it waiting or working."""
+    left = max(0, math.ceil(1000 * (deadline - time.monotonic())))
+    connection.execute(f"PRAGMA busy_timeout = {left}")
+    connection.set_progress_handler(
+        lambda: time.monotonic() > deadline, CLOCK_STEPS)
+    connection.text_factory = bytes     # it may be no UTF-8
+
+
+def plain_error(error, deadline, kind=OSError):
+    """Make one of Python's own errors of another module's."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    return (TimeoutError if time.monotonic() >= deadline else kind)(reason)
+
+
+class SqlBackend:
+    """Answers with what a database has of a name, by any DB-API 2 module.
+
+    Rows are lines; where there are more columns than one, so are the values,
+    each with its column's name.  Nothing found is no such user.
+    """
+
+    waits = True
+    max_threads = 64            # and connections; the server sets it
+    settings = (
+        ("database", "path", "", "file of an SQLite database"),
+        ("module", "text", "sqlite3", "DB-API 2 module for another database"),
+        ("connect", "text", "", "name=value words for its connect()"),
+        ("query", "text", "SELECT text FROM people WHERE name = ?",
+         "what is answered; its parameter (?, %s) is the name"),
+        ("list_query", "text", "", "the same for the user list, if any"),
+    )
+
+    def __init__(self, options, report):
+        self.idle = []          # (version, connection)
+        self.busy = 0           # connections in use
+        self.changed = threading.Condition()
+        self.query, self.list_query = options["query"], options["list_query"]
+        self.module, mark = load_module(options["module"])
+        sqlite = options["module"] == "sqlite3"
+        self.file = options["database"] if sqlite else None
+        self.arguments, *_ = check_all(
+            lambda: choose_database(sqlite, options["database"],
+                                    options["connect"]),
+            lambda: check_query("query", self.query, mark, 1),
+            lambda: check_query("list_query", self.list_query, mark, 0))
+
+    def __del__(self):
+        for _, connection in self.idle:
+            with contextlib.suppress(Exception):
+                connection.close()
+
+    def lookup(self, user, verbose, client, timeout):
+        """Give what the query finds; None: nothing."""
+        return self._ask(timeout, self.query, [user])
+
+    def user_list(self, verbose, client, timeout):
+        """Give what list_query finds; None: it is not set."""
+        if not self.list_query:
+            return None
+        return self._ask(timeout, self.list_query) or ""
+
+    def _ask(self, timeout, *query):
+        """Run a query, again on a new connection if an idle one is dead."""
+        deadline = time.monotonic() + timeout
+        with self._place(deadline):
+            version = self._version()
+            connection = self._take_idle(version)
+            if connection is not None:
+                with contextlib.suppress(ConnectionError):
+                    return self._run(version, connection, deadline, query)
+            try:
+                connection = self.module.connect(**self.arguments)
+            except Exception as error:
+                raise plain_error(error, deadline) from None
+            return self._run(version, connection, deadline, query)
+
+    @contextlib.contextmanager
+    def _place(self, deadline):
+        """Wait until a connection may be used."""
+        with self.changed:
+            if not self.changed.wait_for(
+                    lambda: self.busy < self.max_threads,
+                    deadline - time.monotonic()):
+                raise TimeoutError("all connections are in use: timed out")
+            self.busy += 1
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.busy -= 1
+                self.changed.notify()
+
+    def _version(self):
+        """Tell a file from another that was put into its place."""
+        info = os.stat(self.file) if self.file else None
+        return info and (info.st_dev, info.st_ino)
+
+    def _take_idle(self, version):
+        """Give an idle connection to this version, or None."""
+        with contextlib.suppress(IndexError):   # other threads take them, too
+            while True:
+                known, connection = self.idle.pop()
+                if known == version:
+                    return connection
+                connection.close()
+        return None
+
+    def _run(self, version, connection, deadline, query):
+        """Give the text of a result, and the connection back.
+
+        It may be dead when a ConnectionError is raised.
+        """
+        module, alive = self.module, True
+        try:
+            return self._fetch(connection, deadline, query)
+        except (module.DataError, module.IntegrityError,
+                module.NotSupportedError, module.ProgrammingError) as error:
+            raise plain_error(error, deadline) from None
+        except Exception as error:      # the module's, or what it lets through
+            alive = False
+            raise plain_error(error, deadline, ConnectionError) from None
+        finally:
+            self._give_back(version, connection, alive)
+
+    def _fetch(self, connection, deadline, query):
+        if self.file:
+            limit_sqlite(connection, deadline)
+        with contextlib.closing(connection.cursor()) as cursor:
+            cursor.execute(*query)
+            columns = [column[0] for column in cursor.description or ()]
+            return spell_rows(columns, cursor.fetchmany(MAX_ROWS))
+
+    def _give_back(self, version, connection, alive):
+        """Make a connection idle, or close one that is of no use."""
+        with contextlib.suppress(Exception):
+            if alive:
+                connection.rollback()
+                self.idle.append((version, connection))
+                return
+        with contextlib.suppress(Exception):
+            connection.close()
+
+
 BACKENDS = {"finger": FingerBackend, "web": WebBackend,
-            "files": FilesBackend}
+            "files": FilesBackend, "sql": SqlBackend}

@@ -13,10 +13,13 @@ import encodings
 import errno
 import fcntl
 import functools
+import gc
 import glob
 import grp
 import gzip
 import http.server
+import importlib.util
+import itertools
 import json
 import math
 import os
@@ -30,6 +33,7 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import stat
 import struct
@@ -48,7 +52,12 @@ from unittest import mock
 
 import fingerd
 import fingerd_backends
-from fingerd_backends import FilesBackend, FingerBackend, WebBackend
+from fingerd_backends import (
+    FilesBackend,
+    FingerBackend,
+    SqlBackend,
+    WebBackend,
+)
 
 HERE = pathlib.Path(__file__).resolve().parent
 PROGRAM = HERE / "fingerd.py"
@@ -3918,6 +3927,12 @@ def write_file(folder, name, text=""):
     return str(path)
 
 
+def make_database(path, script):
+    """Make an SQLite database."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript(script)
+
+
 @contextlib.contextmanager
 def leased(path):
     """Have a file whose opening another process wants to be asked about."""
@@ -4150,6 +4165,30 @@ class FilesContractTest(BackendContract):
     def make_known(self, listed=False):
         return self.make(FilesBackend, directory=self.folder,
                          index="list" if listed else "")
+
+
+class SqlContractTest(BackendContract):
+    name, kind = "sql", SqlBackend
+
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(gc.collect)     # an exception keeps its connection
+
+    def make_known(self, listed=False):
+        path = os.path.join(self.folder, "known.db")
+        if not os.path.exists(path):
+            make_database(path, """
+                CREATE TABLE known (name, text);
+                INSERT INTO known VALUES ('alice', 'I am alice.\n'),
+                                         ('bob', 'I am bob.');
+                CREATE VIEW people AS SELECT * FROM known
+                    UNION ALL SELECT 'broken', abs(-9223372036854775808)
+                    UNION ALL SELECT 'slow', (WITH RECURSIVE t(n) AS (
+                        SELECT 1 UNION ALL SELECT n + 1 FROM t)
+                        SELECT count(*) FROM t);
+                """)
+        return self.make(SqlBackend, database=path, list_query=listed * (
+            "SELECT name FROM known ORDER BY name"))
 
 
 del BackendContract     # run by its heirs only
@@ -5762,6 +5801,508 @@ class FilesBackendTest(BackendCase):
                     self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
             for sock in socks:
                 self.assertEqual(read_all(sock), FAILED)
+
+
+# ---- sql --------------------------------------------------------------------
+
+PEOPLE = """
+    CREATE TABLE people (name TEXT PRIMARY KEY, text TEXT);
+    INSERT INTO people VALUES ('alice', 'I am alice.');
+    """
+
+
+class FakeDatabase(types.ModuleType):
+    """A DB-API 2 module whose server a test stops, and starts again."""
+
+    paramstyle = "pyformat"
+    threadsafety = 1
+
+    class Error(Exception):
+        pass
+
+    class OperationalError(Error):
+        pass
+
+    class ProgrammingError(Error):
+        pass
+
+    DataError = IntegrityError = NotSupportedError = ProgrammingError
+
+    def __init__(self):
+        super().__init__("fake_database")
+        self.connections = []       # that were made, each with its events
+        self.up = True
+        self.hold = threading.Event()
+        self.hold.set()
+
+    def connect(self, **words):
+        if not self.up:
+            raise self.OperationalError("the server is\nnot there")
+        self.connections.append(FakeConnection(self, words))
+        return self.connections[-1]
+
+    def restart(self):
+        """What is connected is so no longer."""
+        for connection in self.connections:
+            connection.alive = False
+
+    def open(self):
+        return [connection for connection in self.connections
+                if "close" not in connection.events]
+
+
+class FakeConnection:
+
+    def __init__(self, module, words):
+        self.module, self.words = module, words
+        self.alive, self.events = True, []
+
+    def cursor(self):
+        return FakeCursor(self)
+
+    def rollback(self):
+        self.events.append("rollback")
+
+    def close(self):
+        self.events.append("close")
+
+
+class FakeCursor:
+
+    description = (("text",),)
+
+    def __init__(self, connection):
+        self.connection = connection
+
+    def execute(self, query, *parameters):
+        module = self.connection.module
+        self.connection.events.append((query, *parameters))
+        if not module.hold.wait(HANG) or not self.connection.alive:
+            raise module.OperationalError("the connection is lost")
+        if "typo" in query:
+            raise module.ProgrammingError("there is a typo")
+
+    def fetchmany(self, number):
+        return [["I am here"]]
+
+    def close(self):
+        pass
+
+
+class SqlBackendTest(BackendCase):
+
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(gc.collect)     # an exception keeps its connection
+
+    def make_sql(self, script=PEOPLE, **options):
+        self.path = os.path.join(self.folder, "people.db")
+        make_database(self.path, script)
+        return self.make(SqlBackend, database=self.path, **options)
+
+    def make_query(self, query, **options):
+        if not os.path.exists(os.path.join(self.folder, "people.db")):
+            self.make_sql()
+        return self.make(SqlBackend, database=self.path, query=query,
+                         **options)
+
+    def make_fake(self, **options):
+        """Make a backend for a module that does what the test wants."""
+        module = FakeDatabase()
+        patch = mock.patch.dict(sys.modules, fake_database=module)
+        self.enter(patch)
+        options = {"query": "SELECT %s", **options}
+        return module, self.make(SqlBackend, module="fake_database", **options)
+
+    def test_the_name_is_a_parameter_whatever_is_in_it(self):
+        names = ["' OR '1'='1", "'; DROP TABLE people; --", '"', "%", "?", "_",
+                 "\\", "Gr\xfc\xdfe", "x" * 500]
+        backend = self.make_sql()
+        for name in names:
+            self.assertIsNone(self.ask(backend, name), name)
+        with contextlib.closing(sqlite3.connect(self.path)) as connection:
+            connection.executemany("INSERT INTO people VALUES (?, 'found')",
+                                   [[name] for name in names])
+            connection.commit()
+        for name in names:
+            self.assertEqual(self.ask(backend, name), "found\n", name)
+        self.assertEqual(self.ask(backend, "alice"), "I am alice.\n")
+
+    def test_makes_lines_of_rows_and_columns(self):
+        none = "SELECT text FROM people WHERE name = 'x' AND 'x' <> ?"
+        table = (
+            ("SELECT 'a', ?", "'a': a\n?: alice\n"),
+            ("SELECT 1 AS n, 2.5 AS x, NULL AS no, ? AS name",
+             "n: 1\nx: 2.5\nname: alice\n"),
+            ("SELECT ? UNION ALL SELECT 'b' UNION ALL SELECT NULL",
+             "alice\nb\n"),
+            ("SELECT 'a\n' || ? || '\n\n'", "a\nalice\n"),
+            ("SELECT '' WHERE 1 OR ?", "\n"),
+            ("SELECT X'47726fff' WHERE 1 OR ?", "Gro\\xff\n"),
+            ("SELECT CAST(X'47726fff' AS TEXT) WHERE 1 OR ?", "Gro\\xff\n"),
+            ("SELECT 'Gr\xfc\xdfe' AS \xe4 , ? AS n",
+             "\xe4: Gr\xfc\xdfe\nn: alice\n"),
+            ("SELECT NULL, NULL WHERE 1 OR ?", None), (none, None))
+        for query, text in table:
+            with self.subTest(query):
+                self.assertEqual(self.ask(self.make_query(query), "alice"),
+                                 text)
+
+    def test_a_list_may_be_empty_but_not_without_end(self):
+        backend = self.make_query("SELECT ?", list_query=(
+            "SELECT name FROM people WHERE name > 'x'"))
+        self.assertEqual(backend.user_list(False, CLIENT, HANG), "")
+        backend = self.make_query("SELECT ?", list_query=(
+            "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t)"
+            " SELECT 'x' FROM t"))
+        self.assertEqual(backend.user_list(False, CLIENT, HANG),
+                         "x\n" * fingerd_backends.MAX_ROWS)
+
+    def test_changes_nothing_and_makes_no_file(self):
+        for query in ("DELETE FROM people WHERE name = ?",
+                      "INSERT INTO people VALUES (?, 'x') RETURNING name",
+                      "CREATE TABLE t AS SELECT ?"):
+            with self.subTest(query):
+                self.assert_fails(".", self.ask, self.make_query(query),
+                                  "alice")
+        self.assertEqual(self.ask(self.make_query("SELECT text FROM people"
+                         " WHERE name = ?"), "alice"), "I am alice.\n")
+        missing = os.path.join(self.folder, "missing.db")
+        backend = self.make(SqlBackend, database=missing)
+        self.assert_fails("No such file", self.ask, backend, "alice")
+        self.assertFalse(os.path.exists(missing))
+
+    def test_waits_for_a_busy_database_up_to_the_deadline(self):
+        backend = self.make_sql()
+        self.assertEqual(self.ask(backend, "alice"), "I am alice.\n")
+        with contextlib.closing(sqlite3.connect(
+                self.path, check_same_thread=False)) as writer:
+            writer.execute("BEGIN EXCLUSIVE")
+            with self.takes(0.3, 0.3 + PROMPT):
+                self.assert_fails("locked", self.ask, backend, "alice", False,
+                                  0.3, kind=TimeoutError)
+            timer = threading.Timer(0.2, writer.rollback)
+            timer.start()
+            with self.takes(0.1, PROMPT):
+                self.assertEqual(self.ask(backend, "alice"), "I am alice.\n")
+            timer.join()
+
+    def test_a_database_that_is_replaced_is_found(self):
+        backend = self.make_sql()
+        self.assertEqual(self.ask(backend, "alice"), "I am alice.\n")
+        new = os.path.join(self.folder, "new.db")
+        make_database(new, PEOPLE.replace("I am", "I was"))
+        os.rename(new, self.path)
+        self.assertEqual(self.ask(backend, "alice"), "I was alice.\n")
+        with contextlib.closing(sqlite3.connect(self.path)) as connection:
+            connection.execute("UPDATE people SET text = 'changed'")
+            connection.commit()
+        self.assertEqual(self.ask(backend, "alice"), "changed\n")
+
+    def test_gives_the_words_of_connect_to_another_module(self):
+        module, backend = self.make_fake(
+            connect="dbname=people port=5432 timeout=-1 host=::1 empty= p1=a'b"
+                    " password='1 2' quoted=\"7\"\n  options='-c a=b'")
+        self.assertEqual(self.ask(backend, "alice"), "I am here\n")
+        self.assertEqual([connection.words for connection
+                          in module.connections], [
+            {"dbname": "people", "port": 5432, "timeout": -1, "host": "::1",
+             "empty": "", "p1": "a'b", "password": "1 2", "quoted": "7",
+             "options": "-c a=b"}])
+        self.assertEqual(module.connections[0].events,
+                         [("SELECT %s", ["alice"]), "rollback"])
+
+    def test_a_list_query_has_no_parameter(self):
+        module, backend = self.make_fake(list_query="SELECT 'a%'")
+        self.assertEqual(backend.user_list(False, CLIENT, HANG), "I am here\n")
+        self.assertEqual(module.connections[0].events,
+                         [("SELECT 'a%'",), "rollback"])
+
+    def test_connects_again_when_the_server_has_been_away(self):
+        module, backend = self.make_fake()
+        module.hold.clear()
+        threading.Timer(0.2, module.hold.set).start()
+        self.assertEqual(set(in_threads(
+            [lambda: self.ask(backend, "alice")] * 5)), {"I am here\n"})
+        self.assertEqual(len(module.connections), 5)
+        module.restart()
+        module.up = False
+        self.assert_fails("OperationalError: the server is not there",
+                          self.ask, backend, "alice")
+        module.up = True
+        for _ in range(5):
+            self.assertEqual(self.ask(backend, "alice"), "I am here\n")
+        self.assertEqual(len(module.open()), 4)
+
+    def test_an_error_of_the_query_is_no_reason_to_connect_again(self):
+        module, backend = self.make_fake(query="typo %s")
+        for _ in range(3):
+            self.assert_fails("ProgrammingError: there is a typo", self.ask,
+                              backend, "alice")
+        self.assertEqual([connection.events for connection
+                          in module.connections],
+                         [[("typo %s", ["alice"]), "rollback"] * 3])
+
+    def test_has_no_more_connections_than_threads_also_late_ones(self):
+        module, backend = self.make_fake()
+        backend.max_threads = 3
+        module.hold.clear()
+        asked = functools.partial(self.ask, backend, "alice")
+        late = [threading.Thread(target=asked) for _ in range(3)]
+        for thread in late:
+            thread.start()
+        wait_until(lambda: len(module.connections) == 3, "three connections")
+        with self.takes(0.1, PROMPT):
+            self.assert_fails("all connections are in use", self.ask, backend,
+                              "alice", False, 0.1, kind=TimeoutError)
+        module.hold.set()
+        self.assertEqual(set(in_threads([asked] * 9)), {"I am here\n"})
+        for thread in late:
+            thread.join(HANG)
+        self.assertEqual(len(module.connections), 3)
+        del backend, asked, late, thread
+        gc.collect()
+        self.assertEqual(module.open(), [])
+
+    @needs_proc
+    def test_reloads_pile_no_connections_up(self):
+        self.make_sql()
+        os.chmod(self.folder, 0o755)    # for the user that root becomes
+        with background("[server]\nbackend = sql\n[sql]\ndatabase ="
+                        f" {self.path}\n") as program:
+            for number in range(1, 6):
+                self.assertEqual(ask(program.address, b"alice\r\n"),
+                                 b"I am alice.\r\n")
+                os.kill(program.pid, signal.SIGHUP)
+                program.wait_log(" reloaded ", number)
+            names = [os.readlink(path) for path
+                     in glob.glob(f"/proc/{program.pid}/fd/*")]
+            # The config of the start may be known to the end.
+            self.assertLessEqual(names.count(self.path), 1)
+
+    def test_the_server_bounds_it_by_max_threads(self):
+        text = ("[server]\nbackend = sql\n[limits]\nmax_threads = 7\n[sql]\n"
+                "database = /srv/people.db\n")
+        config = read_config(text)
+        fingerd.Answers(config, fingerd.Log())
+        self.assertEqual(config.backends[0][1].max_threads, 7)
+
+    def test_refuses_settings_that_cannot_be(self):
+        self.enter(mock.patch.dict(sys.modules, fake_database=FakeDatabase(),
+                                   unsafe=FakeDatabase()))
+        sys.modules["unsafe"].threadsafety = 0
+        place = {"database": "/srv/people.db"}
+        fake = {"module": "fake_database", "query": "SELECT %s"}
+        words = ("connect: is not made of name=value words; write e.g."
+                 " dbname=people password='with spaces'")
+        self.assert_refused(SqlBackend, (
+            ({}, "database: is empty; write e.g. /srv/people.db"),
+            ({**place, "connect": "a=b"},
+             "connect: is for other modules; write database"),
+            ({**fake, **place},
+             "database: is for module = sqlite3; write connect"),
+            *(({**fake, "connect": text}, words) for text in (
+                "people", "a=b secret", "=b", "a='b", "a='b'c", "1=2")),
+            ({**place, "query": "SELECT 1"},
+             "query: has 0 times ?; write it once, where the name goes"),
+            ({**place, "query": "SELECT ?, ?", "list_query": "SELECT ?"},
+             "query: has 2 times ?; write it once, where the name goes\n"
+             "list_query: has 1 times ?; leave it out, a list has no name"),
+            ({**fake, "query": "SELECT ?"},
+             "query: has 0 times %s; write it once, where the name goes"),
+            ({"module": "no_such_module"}, 'module: "no_such_module" cannot be'
+             " imported (No module named 'no_such_module'); install it, or"
+             " write sqlite3"),
+            ({"module": "../x"}, 'module: "../x" cannot be imported (that is'
+             " not a name of a module); install it, or write sqlite3"),
+            ({"module": "os"},
+             'module: "os" is not a DB-API 2 module; write e.g. psycopg'),
+            ({"module": "unsafe"},
+             'module: "unsafe" may not be used by threads; write another')))
+
+    @needs_root
+    def test_is_found_inside_a_chroot(self):
+        self.make_sql()
+        os.chmod(self.folder, 0o755)
+        with background("[server]\nbackend = sql\n[sql]\ndatabase = /people.db"
+                        "\n", "--chroot", self.folder) as program:
+            self.assertEqual(ask(program.address, b"alice\r\n"),
+                             b"I am alice.\r\n")
+            self.assertEqual(ask(program.address, b"bob\r\n"), UNKNOWN)
+
+
+def find_postgres():
+    """Find the programs of a PostgreSQL server, the newest there is."""
+    found = glob.glob("/usr/lib/postgresql/*/bin/postgres")
+    found += filter(None, [shutil.which("postgres")])
+    return os.path.dirname(found[0]) if found else None
+
+
+POSTGRES = find_postgres()
+DRIVERS = {     # module, and its connect for our server
+    "psycopg": "host=127.0.0.1 port={} user=tester dbname=postgres",
+    "psycopg2": "host=127.0.0.1 port={} user=tester dbname=postgres",
+    "pg8000.dbapi": "host=127.0.0.1 port={} user=tester database=postgres",
+}
+DRIVERS = {name: words for name, words in DRIVERS.items()
+           if importlib.util.find_spec(name.partition(".")[0])}
+
+
+class Postgres:
+    """A PostgreSQL server of the test's own, which may be killed."""
+
+    def __init__(self, folder):
+        self.data = os.path.join(folder, "data")
+        self.as_user = []
+        if os.geteuid() == 0:       # it refuses to be run by root
+            shutil.chown(folder, "postgres")
+            self.as_user = ["setpriv", "--reuid=postgres", "--regid=postgres",
+                            "--clear-groups"]
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            self.port = sock.getsockname()[1]
+        self.run("initdb", "-A", "trust", "-U", "tester", "--no-sync",
+                 "--no-locale", "-E", "UTF8", "-D", self.data)
+        self.start()
+
+    def run(self, program, *args):
+        subprocess.run([*self.as_user, os.path.join(POSTGRES, program), *args],
+                       check=True, capture_output=True, cwd="/")
+
+    def start(self):
+        """Start it, once what is left of one that was killed has ended."""
+        def started():
+            self.process = subprocess.Popen(
+                [*self.as_user, os.path.join(POSTGRES, "postgres"), "-F",
+                 "-D", self.data, "-k", self.data, "-p", str(self.port),
+                 "-c", "listen_addresses=127.0.0.1"], cwd="/",
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            while self.process.poll() is None:
+                with contextlib.suppress(OSError):
+                    self.run_sql("SELECT 1")
+                    return True
+            return False
+        wait_until(started, "PostgreSQL")
+
+    def run_sql(self, text):
+        try:
+            self.run("psql", "-q", "-h", "127.0.0.1", "-p", str(self.port),
+                     "-U", "tester", "-d", "postgres", "-c", text)
+        except subprocess.CalledProcessError as error:
+            raise OSError(error.stderr) from None
+
+    def end(self, number):
+        self.process.send_signal(number)
+        self.process.wait(HANG)
+
+
+@unittest.skipUnless(POSTGRES, "no PostgreSQL server is installed")
+@unittest.skipUnless(DRIVERS, "no Python module for PostgreSQL is installed")
+class PostgresTest(BackendCase):
+    """With a real server, and each module for it that is installed."""
+
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.mkdtemp(prefix="fingerd-test-")
+        cls.addClassCleanup(shutil.rmtree, folder)
+        cls.postgres = Postgres(folder)
+        cls.addClassCleanup(lambda: cls.postgres.end(signal.SIGQUIT))
+        cls.postgres.run_sql("""
+            CREATE TABLE people (name text PRIMARY KEY, text text);
+            INSERT INTO people VALUES ('carol', 'I am Carol.');
+            CREATE VIEW known AS SELECT * FROM people
+                UNION ALL SELECT 'broken', (1 / (random() * 0)::int)::text;
+            """)
+
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(gc.collect)
+        # pg8000 does not close what the server has closed.
+        self.enter(mock.patch.object(sys, "warnoptions", []))
+
+    def options(self, driver, **options):
+        return {"module": driver,
+                "connect": DRIVERS[driver].format(self.postgres.port),
+                "query": "SELECT text FROM people WHERE name = %s", **options}
+
+    def daemon(self, driver, timeout=HANG):
+        lines = [f"{name} = {value}" for name, value
+                 in self.options(driver).items()]
+        return daemon("[server]\nbackend = users sql\n[limits]\ntimeout ="
+                      f" {timeout}\n[sql]\n" + "\n".join(lines) + USERS)
+
+    def test_answers_and_fails_as_every_backend(self):
+        for driver in DRIVERS:
+            with self.subTest(driver):
+                backend = self.make(SqlBackend, **self.options(
+                    driver, query="SELECT text FROM known WHERE name = %s",
+                    list_query="SELECT name, 1 AS n FROM people"))
+                for name in ("' OR ''='", "%", "%s", "Gr\xfc\xdfe", "bob"):
+                    self.assertIsNone(self.ask(backend, name))
+                results = in_threads([
+                    lambda: self.ask(backend, "carol"),
+                    lambda: self.ask(backend, "broken"),
+                    lambda: backend.user_list(False, CLIENT, HANG)] * 4)
+                self.assertEqual(results[::3], ["I am Carol.\n"] * 4)
+                self.assertEqual(results[2::3], ["name: carol\nn: 1\n"] * 4)
+                for error in results[1::3]:
+                    self.assertIs(type(error).__module__, "builtins")
+                    self.assertIn("division by zero", str(error))
+
+    def test_leaves_nothing_behind_in_the_database(self):
+        for driver in DRIVERS:
+            with self.subTest(driver):
+                backend = self.make(SqlBackend, **self.options(
+                    driver, query="INSERT INTO people VALUES (%s, 'x')"
+                    " RETURNING 'inserted'"))
+                for _ in range(3):
+                    self.assertEqual(self.ask(backend, "eve"), "inserted\n")
+                with self.daemon(driver) as server:
+                    self.assertEqual(ask(server.address, b"eve\r\n"), UNKNOWN)
+
+    def test_the_deadline_holds_while_it_hangs(self):
+        for driver in DRIVERS:
+            with self.subTest(driver), self.daemon(driver, 1) as server:
+                lock = subprocess.Popen(
+                    [os.path.join(POSTGRES, "psql"), "-h", "127.0.0.1", "-p",
+                     str(self.postgres.port), "-U", "tester", "postgres"],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                    bufsize=1)
+                lock.stdin.write("BEGIN; LOCK people; SELECT 'locked';\n")
+                while "locked" not in lock.stdout.readline():
+                    pass
+                with self.takes(1, 1 + PROMPT):
+                    self.assertEqual(ask(server.address, b"carol\r\n"), FAILED)
+                self.assertEqual(ask(server.address, b"moshez\r\n"), HAPPY)
+                lock.communicate("ROLLBACK;\n", HANG)
+                self.assertEqual(ask(server.address, b"carol\r\n"),
+                                 b"I am Carol.\r\n")
+
+    def test_the_first_query_after_it_was_killed_is_answered(self):
+        for driver, number in itertools.product(
+                DRIVERS, (signal.SIGINT, signal.SIGKILL)):
+            with self.subTest(driver, number=number), \
+                    self.daemon(driver) as server:
+                replies: set[bytes] = set()
+                done = threading.Event()
+
+                def ask_on(server=server, replies=replies, done=done):
+                    while not done.is_set():
+                        replies.add(ask(server.address, b"carol\r\n"))
+
+                def kill(number=number, server=server, done=done):
+                    ask(server.address, b"carol\r\n")
+                    self.postgres.end(number)
+                    failed = ask(server.address, b"carol\r\n")
+                    self.postgres.start()
+                    answers = [ask(server.address, b"carol\r\n")
+                               for _ in range(20)]
+                    done.set()
+                    return failed, set(answers)
+
+                known = b"I am Carol.\r\n"
+                results = in_threads([kill] + [ask_on] * 8)
+                self.assertEqual(results, [(FAILED, {known}), *[None] * 8])
+                self.assertEqual(replies, {known, FAILED})
 
 
 # ---- Fuzzers --------------------------------------------------------------
