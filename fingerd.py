@@ -353,7 +353,8 @@ class UsersBackend:
     enter_chroot(path), if there is one, gets ready to work where path is /,
     or says with a ValueError, as above, why that cannot be.
 
-    max_threads, if there is one, is set to how many lookups may run at once.
+    limit_threads(number), if there is one, gets how many lookups may run at
+    once.
     """
 
     waits = False
@@ -1301,8 +1302,8 @@ class Answers:
         self.log = log
         self.limits = config.limits
         for _, backend in config.backends:
-            if hasattr(backend, "max_threads"):
-                backend.max_threads = config.limits.max_threads
+            if hasattr(backend, "limit_threads"):
+                backend.limit_threads(config.limits.max_threads)
         server = config.server
         self.header = to_wire(server.header) if server.header else b""
         self.footer = to_wire(server.footer) if server.footer else b""

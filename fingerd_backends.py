@@ -24,6 +24,7 @@ import importlib
 import io
 import math
 import os
+import pwd
 import re
 import selectors
 import shlex
@@ -33,6 +34,7 @@ import socket
 import ssl
 import stat
 import string
+import struct
 import subprocess
 import sys
 import threading
@@ -1183,24 +1185,16 @@ def make_text(data, codec, limit, convert=str):
     return clip_text(text, limit, len(data) > limit)
 
 
-def check_all(*checks):
-    """Give what the checks give, or raise all their ValueErrors as one."""
-    results, errors = [], []
-    for check in checks:
-        try:
-            results.append(check())
-        except ValueError as error:
-            errors.append(str(error))
-    if errors:
-        raise ValueError("\n".join(errors))
-    return results
+def refuse(*errors):
+    """Raise those errors that are texts as one ValueError, if any is."""
+    lines = [error for error in errors if error]
+    if lines:
+        raise ValueError("\n".join(lines))
 
 
 # ---- Files as an enemy wrote them -------------------------------------------
 
 MAX_FILE = 256 * 1024   # bytes that are read of a file: of a page, too
-MAX_LISTED = 10_000     # files that a list opens: more than a reply ever holds
-MAX_FIRST = 1000        # bytes that are read of each
 PLAIN_NAME = re.compile(r"\w[\w.+-]{0,63}")
 # Follow no symlink, wait for no writer of a FIFO and for no lease, get no
 # controlling terminal.
@@ -1208,10 +1202,10 @@ FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 # A directory that may be searched need not be readable, where systems know.
 FOLDER_FLAGS = os.O_DIRECTORY | getattr(
     os, "O_PATH", getattr(os, "O_SEARCH", os.O_RDONLY))
-# Why there is no such file: systems differ about symlinks and sockets.
+# There is no such file for us.  Systems differ about symlinks and sockets.
 ABSENT = {getattr(errno, name, errno.ENOENT) for name in (
-    "ENOENT", "ENOTDIR", "EISDIR", "ENAMETOOLONG", "ELOOP", "EMLINK",
-    "EFTYPE", "ENXIO", "EOPNOTSUPP")}
+    "EACCES", "EFTYPE", "EISDIR", "ELOOP", "EMLINK", "ENAMETOOLONG", "ENOENT",
+    "ENOTDIR", "ENXIO", "EOPNOTSUPP")}
 
 
 @contextlib.contextmanager
@@ -1227,7 +1221,7 @@ def open_folder(path):
 def read_file(folder, name, owner=None, limit=MAX_FILE):
     """Give the text of a regular file in a folder, None if there is none.
 
-    With an owner (a uid) another's file does not count.
+    With an owner, a uid, it must be that user's.
     """
     try:
         fd = os.open(name.encode(), FILE_FLAGS, dir_fd=folder)
@@ -1239,21 +1233,20 @@ def read_file(folder, name, owner=None, limit=MAX_FILE):
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode) or owner not in (None, info.st_uid):
             return None
-        with open(fd, "rb", closefd=False) as file:
-            return make_text(file.read(limit + 1), "utf-8", limit)
+        data = bytearray()
+        for piece in iter(functools.partial(os.read, fd, READ_SIZE), b""):
+            data += piece
+            if len(data) > limit:
+                break
+        return make_text(data, "utf-8", limit)
     finally:
         os.close(fd)
 
 
 # ---- files ------------------------------------------------------------------
 
-def check_index(index, listed):
-    """Check the name of the file that is the user list."""
-    if index in (".", "..") or "/" in index:
-        raise ValueError(f'index: "{index}" is not the name of a file in the'
-                         " directory; write e.g. index.txt")
-    if index and listed:
-        raise ValueError("list: index answers the user list; leave one out")
+MAX_LISTED = 10_000     # files that a list opens: more than a reply ever holds
+MAX_FIRST = 1000        # bytes that are read of each
 
 
 class FilesBackend:
@@ -1273,29 +1266,25 @@ class FilesBackend:
     def __init__(self, options, report):
         self.directory, self.index, self.listed = (
             options[row[0]] for row in self.settings)
-        self.report = report
-        check_all(self._check_directory,
-                  lambda: check_index(self.index, self.listed))
-        self.enter_chroot("")
-
-    def _check_directory(self):
-        if not self.directory:
-            raise ValueError("directory: is empty; write e.g. /srv/finger")
-
-    def enter_chroot(self, path):
-        """Warn unless the directory is there; it is opened for each query."""
-        self.warnings = [] if os.path.isdir(path + self.directory) else [
-            f'directory: "{path}{self.directory}" is not a directory; make it']
+        refuse(not self.directory
+               and "directory: is empty; write e.g. /srv/finger",
+               ("/" in self.index or self.index in (".", ".."))
+               and f'index: "{self.index}" is not the name of a file in the'
+               " directory; write e.g. index.txt",
+               self.index and self.listed
+               and "list: index answers the user list; leave one out")
 
     def lookup(self, user, verbose, client, timeout):
         """Give the text of a user's file; None: no such user."""
         if not self._may_be_user(user):
             return None
-        names = [name + end for name in dict.fromkeys((user, user.lower()))
-                 for end in ("", ".txt")]
         with open_folder(self.directory) as folder:
-            texts = (self._read(folder, name) for name in names)
-            return next((text for text in texts if text is not None), None)
+            for name in dict.fromkeys((user, user.lower())):
+                for file in (name, name + ".txt"):
+                    text = self._read(folder, file)
+                    if text is not None:
+                        return text
+        return None
 
     def user_list(self, verbose, client, timeout):
         """Give the text of the index, or of a list; None: no such setting."""
@@ -1313,29 +1302,24 @@ class FilesBackend:
         return (PLAIN_NAME.fullmatch(name) is not None
                 and not name.lower().endswith(".txt"))
 
-    def _read(self, folder, name, **options):
-        """Read a user's file; None: there is none that we may read."""
+    def _read(self, folder, name, limit=MAX_FILE):
+        """Give the text of a user's file; the index is not one."""
         if name.lower() == self.index.lower():
             return None
-        try:
-            return read_file(folder, name, **options)
-        except PermissionError:
-            self.report(f"{self.directory}/{name}: permission denied")
-            return None
+        return read_file(folder, name, limit=limit)
 
     def _list(self, folder, deadline):
         """Give a line for each user, with the first line of the text."""
-        lines = {}
+        lines: dict = {}
         for file in sorted(os.listdir(self.directory)):
             name = file[:-len(".txt")] if file.endswith(".txt") else file
-            if name in lines or not self._may_be_user(name):
+            if (name in lines or len(lines) == MAX_LISTED
+                    or not self._may_be_user(name)):
                 continue
             seconds_left(deadline)
             text = self._read(folder, file, limit=MAX_FIRST)
             if text is not None:
                 lines[name] = text.partition("\n")[0]
-            if len(lines) == MAX_LISTED:
-                break
         width = max(map(len, lines), default=0)
         return "".join(f"{name:{width}}  {line}\n"
                        for name, line in lines.items())
@@ -1344,7 +1328,7 @@ class FilesBackend:
 # ---- sql --------------------------------------------------------------------
 
 MAX_ROWS = 10_000       # that are read of a result: more than a reply holds
-CLOCK_STEPS = 10_000    # of SQLite, some 0.2 ms, between looks at the clock
+SQLITE_STEPS = 10_000   # between looks at the clock: some 0.2 ms
 # How a module wants its parameter written: its paramstyle (PEP 249).
 MARKS = {"qmark": "?", "format": "%s", "pyformat": "%s", "numeric": ":1",
          "named": ":name"}
@@ -1355,69 +1339,15 @@ CONNECT_WORD = re.compile(r"""\s*([A-Za-z_]\w*)=
 def load_module(name):
     """Import a DB-API 2 module; give it and its mark of a parameter."""
     try:
-        if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", name):
-            raise ImportError("that is not a name of a module")
         module = importlib.import_module(name)
-        mark = MARKS[module.paramstyle]
-        if module.threadsafety:
-            return module, mark
-        wrong = "may not be used by threads; write another"
-    except ImportError as error:
-        wrong = f"cannot be imported ({error}); install it, or write sqlite3"
-    except (AttributeError, KeyError):
-        wrong = "is not a DB-API 2 module; write e.g. psycopg"
-    raise ValueError(f'module: "{name}" {wrong}')
-
-
-def split_words(text):
-    """Make keyword arguments of name=value words; a quoted value is text."""
-    words = {}
-    for name, quote, quoted, plain in CONNECT_WORD.findall(text):
-        number = not quote and re.fullmatch("-?[0-9]+", plain)
-        words[name] = int(plain) if number else quoted or plain
-    if CONNECT_WORD.sub("", text).strip():      # not shown: a password
-        raise ValueError("connect: is not made of name=value words; write e.g."
-                         " dbname=people password='with spaces'")
-    return words
-
-
-def choose_database(sqlite, database, connect):
-    """Make the arguments of the module's connect()."""
-    words = split_words(connect)
-    if not sqlite and database:
-        raise ValueError("database: is for module = sqlite3; write connect")
-    if sqlite and words:
-        raise ValueError("connect: is for other modules; write database")
-    if sqlite and not database:
-        raise ValueError("database: is empty; write e.g. /srv/people.db")
-    return words if not sqlite else {
-        "database": f"file:{urllib.parse.quote(database)}?mode=ro",
-        "uri": True, "check_same_thread": False}
-
-
-def check_query(setting, query, mark, wanted):
-    """Check how often the parameter is in a query: once, or never."""
-    count = query.count(mark)
-    if count != wanted:
-        advice = ("write it once, where the name goes" if wanted
-                  else "leave it out, a list has no name")
-        raise ValueError(f"{setting}: has {count} times {mark}; {advice}")
-
-
-def spell_rows(columns, rows):
-    """Give a line for each value that is not NULL; None if there is none."""
-    lines = []
-    for row in rows:
-        for column, value in zip(columns, row):
-            name = f"{column}: " if len(columns) > 1 else ""
-            if isinstance(value, (bytes, bytearray, memoryview)):
-                name += make_text(bytes(value), "utf-8", MAX_FILE)
-            elif value is not None:
-                name += str(value)
-            else:
-                continue
-            lines.append(name.rstrip("\n") + "\n")
-    return "".join(lines) if lines else None
+        if not module.threadsafety:
+            raise TypeError("threads may not use it")
+        return module, MARKS[module.paramstyle]
+    except (AttributeError, ImportError, KeyError, TypeError,
+            ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f'module: "{name}" cannot be used ({reason}); install'
+                         " a DB-API 2 module, or write sqlite3") from None
 
 
 def limit_sqlite(connection, deadline):
@@ -1425,25 +1355,34 @@ def limit_sqlite(connection, deadline):
     left = max(0, math.ceil(1000 * (deadline - time.monotonic())))
     connection.execute(f"PRAGMA busy_timeout = {left}")
     connection.set_progress_handler(
-        lambda: time.monotonic() > deadline, CLOCK_STEPS)
+        lambda: time.monotonic() > deadline, SQLITE_STEPS)
     connection.text_factory = bytes     # it may be no UTF-8
 
 
-def plain_error(error, deadline, kind=OSError):
-    """Make one of Python's own errors of another module's."""
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-    return (TimeoutError if time.monotonic() >= deadline else kind)(reason)
+def spell_rows(columns, rows):
+    """Give a line for each value that is not NULL; None if there is none."""
+    lines = []
+    for row in rows:
+        for column, value in zip(columns, row):
+            if isinstance(value, (bytes, bytearray, memoryview)):
+                text = make_text(bytes(value), "utf-8", MAX_FILE)
+            else:
+                text = str(value)
+            if value is not None:
+                name = f"{column}: " if len(columns) > 1 else ""
+                lines.append(name + text.rstrip("\n") + "\n")
+    return "".join(lines) if lines else None
 
 
 class SqlBackend:
     """Answers with what a database has of a name, by any DB-API 2 module.
 
     Rows are lines; where there are more columns than one, so are the values,
-    each with its column's name.  Nothing found is no such user.
+    each with its column's name.  Nothing found is no such user.  A file is
+    opened for each query: another may have been put into its place.
     """
 
     waits = True
-    max_threads = 64            # and connections; the server sets it
     settings = (
         ("database", "path", "", "file of an SQLite database"),
         ("module", "text", "sqlite3", "DB-API 2 module for another database"),
@@ -1454,23 +1393,43 @@ class SqlBackend:
     )
 
     def __init__(self, options, report):
-        self.idle = []          # (version, connection)
-        self.busy = 0           # connections in use
-        self.changed = threading.Condition()
+        self.idle = []          # connections
+        self.limit_threads(64)
         self.query, self.list_query = options["query"], options["list_query"]
         self.module, mark = load_module(options["module"])
-        sqlite = options["module"] == "sqlite3"
-        self.file = options["database"] if sqlite else None
-        self.arguments, *_ = check_all(
-            lambda: choose_database(sqlite, options["database"],
-                                    options["connect"]),
-            lambda: check_query("query", self.query, mark, 1),
-            lambda: check_query("list_query", self.list_query, mark, 0))
+        self.sqlite = options["module"] == "sqlite3"
+        database, connect = options["database"], options["connect"]
+        refuse(self.sqlite and not database
+               and "database: is empty; write e.g. /srv/people.db",
+               database and not self.sqlite
+               and "database: is for module = sqlite3; write connect",
+               connect and self.sqlite
+               and "connect: is for other modules; write database",
+               # The text is not shown: a password may be in it.
+               CONNECT_WORD.sub("", connect).strip()
+               and "connect: is not made of name=value words; write e.g."
+               " dbname=people password='with spaces'",
+               self.query.count(mark) != 1 and f"query: does not have {mark}"
+               " once; write it where the name goes, and nowhere else",
+               mark in self.list_query and f"list_query: has {mark}, but a"
+               " list has no name; leave it out")
+        self.arguments = {
+            name: int(plain) if re.fullmatch("-?[0-9]+", plain)
+            else quoted or plain
+            for name, _, quoted, plain in CONNECT_WORD.findall(connect)}
+        if self.sqlite:
+            self.arguments = {
+                "database": f"file:{urllib.parse.quote(database)}?mode=ro",
+                "uri": True, "check_same_thread": False}
 
     def __del__(self):
-        for _, connection in self.idle:
+        for connection in self.idle:
             with contextlib.suppress(Exception):
                 connection.close()
+
+    def limit_threads(self, number):
+        """Have that many connections at most."""
+        self.places = threading.Semaphore(number)
 
     def lookup(self, user, verbose, client, timeout):
         """Give what the query finds; None: nothing."""
@@ -1483,86 +1442,363 @@ class SqlBackend:
         return self._ask(timeout, self.list_query) or ""
 
     def _ask(self, timeout, *query):
-        """Run a query, again on a new connection if an idle one is dead."""
+        """Run a query, on a new connection if the idle one is dead."""
         deadline = time.monotonic() + timeout
-        with self._place(deadline):
-            version = self._version()
-            connection = self._take_idle(version)
-            if connection is not None:
-                with contextlib.suppress(ConnectionError):
-                    return self._run(version, connection, deadline, query)
-            try:
-                connection = self.module.connect(**self.arguments)
-            except Exception as error:
-                raise plain_error(error, deadline) from None
-            return self._run(version, connection, deadline, query)
-
-    @contextlib.contextmanager
-    def _place(self, deadline):
-        """Wait until a connection may be used."""
-        with self.changed:
-            if not self.changed.wait_for(
-                    lambda: self.busy < self.max_threads,
-                    deadline - time.monotonic()):
-                raise TimeoutError("all connections are in use: timed out")
-            self.busy += 1
+        if not self.places.acquire(timeout=max(0, timeout)):
+            raise TimeoutError("all connections are in use: timed out")
         try:
-            yield
+            # Another thread may be quicker to take it.
+            with contextlib.suppress(IndexError, ConnectionError):
+                return self._run(self.idle.pop(), deadline, query)
+            return self._run(None, deadline, query)
         finally:
-            with self.changed:
-                self.busy -= 1
-                self.changed.notify()
+            self.places.release()
 
-    def _version(self):
-        """Tell a file from another that was put into its place."""
-        info = os.stat(self.file) if self.file else None
-        return info and (info.st_dev, info.st_ino)
-
-    def _take_idle(self, version):
-        """Give an idle connection to this version, or None."""
-        with contextlib.suppress(IndexError):   # other threads take them, too
-            while True:
-                known, connection = self.idle.pop()
-                if known == version:
-                    return connection
+    def _run(self, connection, deadline, query):
+        """Run a query; a ConnectionError says that another may do better."""
+        try:
+            if connection is None:
+                connection = self.module.connect(**self.arguments)
+            if self.sqlite:
+                limit_sqlite(connection, deadline)
+            with contextlib.closing(connection.cursor()) as cursor:
+                cursor.execute(*query)
+                columns = [column[0] for column in cursor.description or ()]
+                text = spell_rows(columns, cursor.fetchmany(MAX_ROWS))
+            connection.rollback()
+        except Exception as error:      # the module's, or what it lets through
+            with contextlib.suppress(Exception):    # it may be dead, or None
                 connection.close()
+            late = time.monotonic() >= deadline
+            reason = f"{type(error).__name__}: {error}"
+            raise (TimeoutError if late else ConnectionError)(
+                " ".join(reason.split())[:500]) from None
+        if self.sqlite:
+            connection.close()
+        else:
+            self.idle.append(connection)
+        return text
+
+
+# ---- accounts: lines as Debian's finger has them, byte for byte -------------
+
+FILES = {"forward": (".forward", "Mail forwarded to ", ""),
+         "pgpkey": (".pgpkey", "PGP key:\n", ""),
+         "project": (".project", "Project:\n", ""),
+         "plan": (".plan", "Plan:\n", "No Plan.\n")}
+ITEMS = ("home", "shell", "office", "phone", "login", "from", "idle",
+         "forward", "mail", "pgpkey", "project", "plan")
+SAME_TIME = 0.02        # seconds that it takes at least to know nobody
+HALF_YEAR = 365 * 86400 / 2     # seconds: an older login is shown with year
+MAX_MATCHES = 8         # accounts of one real name: as names in a query
+MATCH_TIME = 60         # seconds between two walks through all of passwd
+# utmp(5) and lastlog(5) of glibc: their times have 32 bits, or 64.
+WIDE = os.uname().machine in ("aarch64", "alpha", "ia64", "loongarch64")
+UTMP = struct.Struct("=h6x32s4x32s256s8x" + ("4xI52x" if WIDE else "I40x"))
+LASTLOG = struct.Struct("=I4x32s256s" if WIDE else "=I32s256s")
+USER_PROCESS = 7        # the kind of record in utmp that is a login
+
+
+class Login(NamedTuple):
+    """Where from and when somebody logged in."""
+
+    name: str
+    tty: str
+    host: str
+    since: int              # 0 is never
+
+
+def make_login(name, tty, host, since):
+    name, tty, host = (
+        field.partition(b"\0")[0].decode("utf-8", "backslashreplace")
+        for field in (name, tty, host))
+    return Login(name, tty, host, since)
+
+
+def read_logins(path):
+    """Give who is logged in, nobody where that is not kept."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except (FileNotFoundError, PermissionError):
+        return []
+    records = UTMP.iter_unpack(data[:len(data) // UTMP.size * UTMP.size])
+    return [make_login(name, tty, host, since)
+            for kind, tty, name, host, since in records
+            if kind == USER_PROCESS and name[0]]
+
+
+def read_last_login(path, uid):
+    """Give the last login of a user, None where that is not kept."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(uid * LASTLOG.size)
+            data = file.read(LASTLOG.size)
+    except (FileNotFoundError, PermissionError):
+        return None
+    whole = len(data) == LASTLOG.size   # it ends behind the highest of them
+    since, tty, host = LASTLOG.unpack(data if whole else bytes(LASTLOG.size))
+    return make_login(b"", tty, host, since)
+
+
+def split_gecos(entry):
+    """Give full name, office, office phone and home phone of an account."""
+    gecos = os.fsencode(entry.pw_gecos).decode("utf-8", "backslashreplace")
+    fields = [*gecos[gecos.startswith("*"):].split(","), "", "", ""][:4]
+    login = entry.pw_name[:1].upper() + entry.pw_name[1:]
+    return [fields[0].replace("&", login), *fields[1:]]
+
+
+def spell_phone(number):
+    """Put hyphens into a number that is digits only."""
+    signs = {4: "x", 5: "x", 7: "", 10: "", 11: "+"}
+    if len(number) not in signs or re.search("[^0-9]", number):
+        return number
+    parts = number[:-10], number[-10:-7], number[-7:-4], number[-4:]
+    return signs[len(number)] + "-".join(filter(None, parts))
+
+
+def spell_office(office, phone, home_phone):
+    """Give office and phones a line each, or one to two of them that fit."""
+    texts = [office and f"Office: {office}",
+             phone and f"Office Phone: {spell_phone(phone)}",
+             home_phone and f"Home Phone: {spell_phone(home_phone)}"]
+    if office and phone and len(office) + len(phone) <= 31:
+        texts[:2] = [f"Office: {office}, {spell_phone(phone)}"]
+    lines, line = "", ""
+    for text in filter(None, texts):
+        column = max(48, len(line) // 8 * 8 + 8)
+        if line and column + len(text) <= 80:
+            tabs = "\t" * max(1, 5 - len(line) // 8)
+            lines, line = f"{lines}{line}{tabs}{text}\n", ""
+        else:
+            lines, line = lines + line + "\n" * bool(line), text
+    return lines + line + "\n" * bool(line)
+
+
+def spell_time(seconds, year=""):
+    return time.strftime(f"%a %b %e %R {year}(%Z)", time.localtime(seconds))
+
+
+def spell_place(login, items):
+    """Give where a login is, or was, and came from."""
+    host = f" from {login.host}" if login.host and "from" in items else ""
+    return f" on {login.tty}{host}"
+
+
+def spell_idle(tty, indent):
+    """Report how long a terminal is idle, and whether it takes messages."""
+    try:
+        info = os.stat("/dev/" + tty)
+    except OSError:                 # as for ":0", a display of X
+        return " (messages off)"
+    idle = time.gmtime(max(0, int(time.time()) - int(info.st_atime)))
+    parts = [(idle.tm_yday - 1, "day"), (idle.tm_hour, "hour"),
+             (idle.tm_min, "minute"), (idle.tm_sec, "second")]
+    parts = parts[:2 if idle.tm_yday > 1 else 3 if idle.tm_hour else 4]
+    text = "".join(f"{number} {unit}{'s' * (number > 1)} "
+                   for number, unit in parts if number)
+    if text:
+        text = f"{indent}{text}idle"
+    if info.st_mode & 0o220 != 0o220:
+        text += "\n     (messages off)" if text else " (messages off)"
+    return text
+
+
+def spell_mail(path):
+    """Report when mail came and was read, as far as a mailbox shows it."""
+    size = 0
+    with contextlib.suppress(OSError):
+        info = os.stat(path)
+        size, came, read = info.st_size, int(info.st_mtime), int(info.st_atime)
+    if not size:
+        return "No mail.\n"
+    if came <= read:
+        return f"Mail last read {spell_time(read, '%Y ')}\n"
+    return (f"New mail received {spell_time(came, '%Y ')}\n"
+            f"     Unread since {spell_time(read, '%Y ')}\n")
+
+
+def spell_file(home, owner, name, header, absent):
+    """Give the text of a user's own file, or what is said without one."""
+    text = read_file(home, name, owner)
+    if text is None:
+        return absent
+    return header + text + "\n" * (not text.endswith("\n"))
+
+
+class AccountsBackend:
+    """Answers with what this system and its users say of an account.
+
+    A name that is unknown, a system's, or that of a user who hides gets the
+    same answer, after the same time.
+    """
+
+    waits = True
+    passwd = pwd
+    utmp, lastlog, mail = "/var/run/utmp", "/var/log/lastlog", "/var/mail/"
+    settings = (
+        ("show", "text", "project plan pgpkey",
+         "what is shown, some of: " + " ".join(ITEMS)),
+        ("show_local", "text", "", "the same for clients in local, besides"),
+        ("local", "networks", "", "networks of these clients"),
+        ("uids", "text", "1000-59999", "numbers of the users to answer for"),
+        ("hide_file", "path", ".nofinger", "file in a home that hides a user"),
+        ("opt_in", "yes/no", "no", "hide those without a .plan?"),
+        ("match_names", "yes/no", "no", "find words of full names, too?"),
+    )
+
+    def __init__(self, options, report):
+        self.options = options
+        self.show, self.show_local = (
+            set(options[name].split()) for name in ("show", "show_local"))
+        uids = options["uids"]
+        numbers: Any = re.fullmatch("([0-9]{1,10})-([0-9]{1,10})", uids)
+        refuse(*(f'{setting}: "{word}" cannot be shown; write some of '
+                 + " ".join(ITEMS) for setting in ("show", "show_local")
+                 for word in options[setting].split() if word not in ITEMS),
+               self.show_local and not options["local"] and
+               "show_local: is for nobody; write local = 127.0.0.0/8 ::1",
+               not numbers and f'uids: "{uids}" is not a range of numbers;'
+               " write e.g. 1000-59999",
+               not options["hide_file"]
+               and "hide_file: is empty; write e.g. .nofinger")
+        self.uids = range(int(numbers[1]), int(numbers[2]) + 1)
+        self.lock = threading.Lock()
+        self.index_names = functools.lru_cache(maxsize=1)(self._index_names)
+
+    def enter_chroot(self, path):
+        raise ValueError("chroot: hides the accounts; leave it out, or take"
+                         " accounts out of backend")
+
+    def lookup(self, user, verbose, client, timeout):
+        """Give what is shown of the accounts of a name; None: nobody's."""
+        soonest = time.monotonic() + min(SAME_TIME, timeout)
+        items = self._items(client)
+        texts = [self._visit(entry, functools.partial(self._describe, items))
+                 for entry in self._find(user)]
+        text = "\n".join(filter(None, texts))
+        if not text:
+            time.sleep(max(0, soonest - time.monotonic()))
+        return text or None
+
+    def user_list(self, verbose, client, timeout):
+        """Give a table of who is logged in, if that is shown; else None."""
+        if "login" not in self._items(client):
+            return None
+        rows = []
+        for login in read_logins(self.utmp):
+            entry = self._account(login.name)
+            if entry and self._visit(entry, lambda *account: account):
+                since = time.strftime("%b %e %R", time.localtime(login.since))
+                rows.append((entry.pw_name, split_gecos(entry)[0], since))
+        if not rows:
+            return "No one logged on.\n"
+        # rogallo makes a menu of a table with this first line.
+        rows = [("Login", "Name", "Login Time"), *sorted(rows)]
+        widths = [max(map(len, column)) + 2 for column in zip(*rows)]
+        return "".join(f"{login:{widths[0]}}{name:{widths[1]}}{since}\n"
+                       for login, name, since in rows)
+
+    def _items(self, client):
+        """Give what is shown to a client."""
+        if not self.options["local"]:
+            return self.show
+        import ipaddress  # loaded: there are networks
+        address = ipaddress.ip_address(client)
+        local = any(address in network for network in self.options["local"])
+        return self.show | self.show_local if local else self.show
+
+    def _account(self, login):
+        """Give the account with this login, None for a system's."""
+        with contextlib.suppress(KeyError, ValueError):
+            entry = self.passwd.getpwnam(login)
+            if entry.pw_uid in self.uids:
+                return entry
         return None
 
-    def _run(self, version, connection, deadline, query):
-        """Give the text of a result, and the connection back.
+    def _find(self, name):
+        """Give the accounts of a name."""
+        if not PLAIN_NAME.fullmatch(name):
+            return []
+        logins = [name, name.lower()]
+        if self.options["match_names"]:
+            with self.lock:     # who waits for it finds it done
+                names = self.index_names(time.monotonic() // MATCH_TIME)
+            logins += names.get(name.lower(), [])[:MAX_MATCHES]
+        entries = filter(None, map(self._account, dict.fromkeys(logins)))
+        return {entry.pw_name: entry for entry in entries}.values()
 
-        It may be dead when a ConnectionError is raised.
-        """
-        module, alive = self.module, True
+    def _index_names(self, minute):
+        """Give the logins of those with a word in their full names."""
+        names: dict = {}
+        for entry in self.passwd.getpwall():
+            for word in split_gecos(entry)[0].lower().split():
+                if entry.pw_uid in self.uids:
+                    names.setdefault(word, []).append(entry.pw_name)
+        return names
+
+    def _visit(self, entry, visit):
+        """Give visit(entry, home's descriptor); None if the user is hidden."""
         try:
-            return self._fetch(connection, deadline, query)
-        except (module.DataError, module.IntegrityError,
-                module.NotSupportedError, module.ProgrammingError) as error:
-            raise plain_error(error, deadline) from None
-        except Exception as error:      # the module's, or what it lets through
-            alive = False
-            raise plain_error(error, deadline, ConnectionError) from None
-        finally:
-            self._give_back(version, connection, alive)
+            with open_folder(entry.pw_dir) as home:
+                with contextlib.suppress(FileNotFoundError):
+                    os.stat(self.options["hide_file"], dir_fd=home,
+                            follow_symlinks=False)
+                    return None
+                if self.options["opt_in"] and read_file(
+                        home, ".plan", entry.pw_uid) is None:
+                    return None
+                return visit(entry, home)
+        except OSError as error:
+            if error.errno not in ABSENT:
+                raise
+            return None         # the file may be there, and be out of sight
 
-    def _fetch(self, connection, deadline, query):
-        if self.file:
-            limit_sqlite(connection, deadline)
-        with contextlib.closing(connection.cursor()) as cursor:
-            cursor.execute(*query)
-            columns = [column[0] for column in cursor.description or ()]
-            return spell_rows(columns, cursor.fetchmany(MAX_ROWS))
+    def _describe(self, items, entry, home):
+        """Give the lines of an account."""
+        name, *gecos = split_gecos(entry)
+        gecos = [text if item in items else "" for text, item
+                 in zip(gecos, ("office", "phone", "phone"))]
+        place = "\t".join(text for item, text in (
+            ("home", f"Directory: {entry.pw_dir:25}"),
+            ("shell", f"Shell: {entry.pw_shell or '/bin/sh'}"))
+            if item in items).rstrip(" ")
+        lines = [f"Login: {entry.pw_name:15}\t\t\tName: {name}\n",
+                 place + "\n" * bool(place), spell_office(*gecos)]
+        if "login" in items:
+            lines += self._login_lines(items, entry)
+        for item in filter(items.__contains__, (
+                "forward", "mail", "pgpkey", "project", "plan")):
+            lines.append(
+                spell_mail(self.mail + entry.pw_name) if item == "mail" else
+                spell_file(home, entry.pw_uid, *FILES[item]))
+        return "".join(lines)
 
-    def _give_back(self, version, connection, alive):
-        """Make a connection idle, or close one that is of no use."""
-        with contextlib.suppress(Exception):
-            if alive:
-                connection.rollback()
-                self.idle.append((version, connection))
-                return
-        with contextlib.suppress(Exception):
-            connection.close()
+    def _login_lines(self, items, entry):
+        """Tell of the logins there are, and of a later one or the last."""
+        logins = [login for login in read_logins(self.utmp)
+                  if login.name == entry.pw_name[:32]]
+        last = read_last_login(self.lastlog, entry.pw_uid)
+        if last and logins and (
+                last.since <= min(login.since for login in logins)
+                or last.tty in [login.tty for login in logins]):
+            last = None
+        width = max([len(login.tty) for login in [*logins, last] if login],
+                    default=0)
+        for login in logins:
+            place = spell_place(login, items)
+            if "idle" in items:
+                place += spell_idle(login.tty, "\n" * (" from " in place)
+                                    + " " * (width - len(login.tty) + 3))
+            yield f"On since {spell_time(login.since)}{place}\n"
+        if last and last.since:
+            old = time.time() - last.since >= HALF_YEAR
+            yield (f"Last login {spell_time(last.since, '%Y ' * old)}"
+                   f"{spell_place(last, items)}\n")
+        elif last:
+            yield "Never logged in.\n"
 
 
-BACKENDS = {"finger": FingerBackend, "web": WebBackend,
-            "files": FilesBackend, "sql": SqlBackend}
+BACKENDS = {"accounts": AccountsBackend, "files": FilesBackend,
+            "finger": FingerBackend, "sql": SqlBackend, "web": WebBackend}

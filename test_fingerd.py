@@ -53,6 +53,7 @@ from unittest import mock
 import fingerd
 import fingerd_backends
 from fingerd_backends import (
+    AccountsBackend,
     FilesBackend,
     FingerBackend,
     SqlBackend,
@@ -3927,6 +3928,52 @@ def write_file(folder, name, text=""):
     return str(path)
 
 
+class System:
+    """A system's accounts and logins as files, all owned by this user."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.entries = {}
+        self.walks = 0              # through all entries
+
+    def add(self, name, gecos="", uid=None, **files):
+        """Make an account with these files in its home; give the last path."""
+        home = path = os.path.join(self.folder, name)
+        os.mkdir(home)
+        for file, text in files.items():
+            path = write_file(home, "." + file, text)
+        uid = os.getuid() if uid is None else uid
+        self.entries[name] = pwd.struct_passwd(
+            (name, "x", uid, 1, gecos, home, "/bin/sh"))
+        return path
+
+    def log_in(self, *logins):
+        """Have utmp tell of (name, terminal, host, time)."""
+        write_file(self.folder, "utmp", b"".join(
+            pack_utmp(*login) for login in logins))
+
+    def getpwnam(self, name):
+        return self.entries[name]
+
+    def getpwall(self):
+        self.walks += 1
+        return list(self.entries.values())
+
+    def make(self, case, **options):
+        backend = case.make(AccountsBackend, **{
+            "uids": f"{os.getuid()}-{os.getuid()}", **options})
+        backend.passwd = self
+        for name in ("utmp", "lastlog", "mail/"):
+            setattr(backend, name.strip("/"), os.path.join(self.folder, name))
+        return backend
+
+
+def pack_utmp(name, tty, host, since, kind=7):
+    """Make a record of utmp(5)."""
+    fields = [text.encode() for text in (tty, name, host)]
+    return fingerd_backends.UTMP.pack(kind, *fields, since)
+
+
 def make_database(path, script):
     """Make an SQLite database."""
     with contextlib.closing(sqlite3.connect(path)) as connection:
@@ -4056,6 +4103,8 @@ class BackendContract(BackendCase):
 
     name: str
     kind: Any
+    known = "I am {}.\n"
+    listed = "alice\nbob\n"
 
     def make_known(self, listed=False) -> Any:
         raise NotImplementedError
@@ -4076,14 +4125,14 @@ class BackendContract(BackendCase):
         backend = self.make_known()
         for verbose in (False, True):
             self.assertEqual(self.ask(backend, "alice", verbose),
-                             "I am alice.\n")
+                             self.known.format("alice"))
             self.assertIsNone(self.ask(backend, "nobody", verbose))
         self.assertEqual(self.reports, [])
 
     def test_gives_its_list_or_none(self):
         self.assertEqual(
             self.make_known(listed=True).user_list(False, CLIENT, HANG),
-            "alice\nbob\n")
+            self.listed)
         self.assertIsNone(self.make_known().user_list(False, CLIENT, HANG))
 
     def test_fails_with_an_oserror_when_its_source_does(self):
@@ -4107,7 +4156,7 @@ class BackendContract(BackendCase):
                     self.assertIsInstance(result, OSError)
                 else:
                     self.assertEqual(result, None if name == "nobody"
-                                     else f"I am {name}.\n")
+                                     else self.known.format(name))
 
     def test_knows_nobody_of_a_hostile_name(self):
         backend = self.make_known()
@@ -4189,6 +4238,28 @@ class SqlContractTest(BackendContract):
                 """)
         return self.make(SqlBackend, database=path, list_query=listed * (
             "SELECT name FROM known ORDER BY name"))
+
+
+class AccountsContractTest(BackendContract):
+    name, kind = "accounts", AccountsBackend
+    known = "Login: {:15}\t\t\tName: \nPlan:\nI am there.\n"
+    listed = time.strftime("Login  Name  Login Time\n"
+                           "alice        %b %e %R\nbob          %b %e %R\n",
+                           time.localtime(86400))
+    test_keeps_to_the_timeout: Any = None       # as of files
+
+    def setUp(self):
+        super().setUp()
+        self.system = System(self.folder)
+        for name in ("alice", "bob", "broken"):
+            path = self.system.add(name, plan="I am there.")
+            if name == "broken":
+                self.enter(leased(path))
+        self.system.log_in(*[(name, "tty1", "", 86400)
+                             for name in ("alice", "bob")])
+
+    def make_known(self, listed=False):
+        return self.system.make(self, show="plan login" if listed else "plan")
 
 
 del BackendContract     # run by its heirs only
@@ -5739,7 +5810,7 @@ class FilesBackendTest(BackendCase):
         write_file(self.folder, "index", "Welcome")
         self.assertEqual(backend.user_list(False, CLIENT, HANG), "Welcome")
 
-    def test_what_it_may_not_read_is_unknown_and_reported(self):
+    def test_what_it_may_not_read_is_unknown(self):
         path = write_file(self.folder, "alice", "secret")
         os.chmod(path, 0)
         os.chmod(self.folder, 0o711)    # it need not be readable
@@ -5748,7 +5819,6 @@ class FilesBackendTest(BackendCase):
         with as_nobody():
             self.assertIsNone(self.ask(backend, "alice"))
             self.assertEqual(self.ask(backend, "bob"), "Bob")
-        self.assertEqual(self.reports, [path + ": permission denied"])
 
     def test_refuses_settings_that_cannot_be(self):
         place = {"directory": "/srv"}
@@ -5762,13 +5832,6 @@ class FilesBackendTest(BackendCase):
              "list: index answers the user list; leave one out"),
             ({"index": "."}, "directory: is empty; write e.g. /srv/finger\n"
              f'index: "." {wrong}')))
-
-    def test_warns_of_a_directory_that_is_not_there(self):
-        backend = self.make_files()
-        self.assertEqual(backend.warnings, [])
-        backend.enter_chroot("/nowhere")
-        self.assertEqual(backend.warnings, [
-            f'directory: "/nowhere{self.folder}" is not a directory; make it'])
 
     @needs_root
     def test_is_found_inside_a_chroot(self):
@@ -5879,7 +5942,7 @@ class FakeCursor:
         self.connection.events.append((query, *parameters))
         if not module.hold.wait(HANG) or not self.connection.alive:
             raise module.OperationalError("the connection is lost")
-        if "typo" in query:
+        if parameters == (["typo"],):
             raise module.ProgrammingError("there is a typo")
 
     def fetchmany(self, number):
@@ -5969,7 +6032,7 @@ class SqlBackendTest(BackendCase):
                          " WHERE name = ?"), "alice"), "I am alice.\n")
         missing = os.path.join(self.folder, "missing.db")
         backend = self.make(SqlBackend, database=missing)
-        self.assert_fails("No such file", self.ask, backend, "alice")
+        self.assert_fails("unable to open", self.ask, backend, "alice")
         self.assertFalse(os.path.exists(missing))
 
     def test_waits_for_a_busy_database_up_to_the_deadline(self):
@@ -6034,18 +6097,19 @@ class SqlBackendTest(BackendCase):
             self.assertEqual(self.ask(backend, "alice"), "I am here\n")
         self.assertEqual(len(module.open()), 4)
 
-    def test_an_error_of_the_query_is_no_reason_to_connect_again(self):
-        module, backend = self.make_fake(query="typo %s")
-        for _ in range(3):
-            self.assert_fails("ProgrammingError: there is a typo", self.ask,
-                              backend, "alice")
+    def test_a_query_that_fails_is_tried_again_once_and_closes_both(self):
+        module, backend = self.make_fake()
+        self.assertEqual(self.ask(backend, "alice"), "I am here\n")
+        self.assert_fails("ProgrammingError: there is a typo", self.ask,
+                          backend, "typo")
         self.assertEqual([connection.events for connection
-                          in module.connections],
-                         [[("typo %s", ["alice"]), "rollback"] * 3])
+                          in module.connections], [
+            [("SELECT %s", ["alice"]), "rollback", ("SELECT %s", ["typo"]),
+             "close"], [("SELECT %s", ["typo"]), "close"]])
 
     def test_has_no_more_connections_than_threads_also_late_ones(self):
         module, backend = self.make_fake()
-        backend.max_threads = 3
+        backend.limit_threads(3)
         module.hold.clear()
         asked = functools.partial(self.ask, backend, "alice")
         late = [threading.Thread(target=asked) for _ in range(3)]
@@ -6064,33 +6128,21 @@ class SqlBackendTest(BackendCase):
         gc.collect()
         self.assertEqual(module.open(), [])
 
-    @needs_proc
-    def test_reloads_pile_no_connections_up(self):
-        self.make_sql()
-        os.chmod(self.folder, 0o755)    # for the user that root becomes
-        with background("[server]\nbackend = sql\n[sql]\ndatabase ="
-                        f" {self.path}\n") as program:
-            for number in range(1, 6):
-                self.assertEqual(ask(program.address, b"alice\r\n"),
-                                 b"I am alice.\r\n")
-                os.kill(program.pid, signal.SIGHUP)
-                program.wait_log(" reloaded ", number)
-            names = [os.readlink(path) for path
-                     in glob.glob(f"/proc/{program.pid}/fd/*")]
-            # The config of the start may be known to the end.
-            self.assertLessEqual(names.count(self.path), 1)
-
     def test_the_server_bounds_it_by_max_threads(self):
         text = ("[server]\nbackend = sql\n[limits]\nmax_threads = 7\n[sql]\n"
                 "database = /srv/people.db\n")
         config = read_config(text)
         fingerd.Answers(config, fingerd.Log())
-        self.assertEqual(config.backends[0][1].max_threads, 7)
+        places = config.backends[0][1].places
+        self.assertEqual([places.acquire(blocking=False) for _ in range(8)],
+                         [True] * 7 + [False])
 
     def test_refuses_settings_that_cannot_be(self):
-        self.enter(mock.patch.dict(sys.modules, fake_database=FakeDatabase(),
-                                   unsafe=FakeDatabase()))
+        for name in ("fake_database", "unsafe", "odd"):
+            self.enter(mock.patch.dict(sys.modules, {name: FakeDatabase()}))
         sys.modules["unsafe"].threadsafety = 0
+        sys.modules["odd"].paramstyle = "odd"
+        once = "once; write it where the name goes, and nowhere else"
         place = {"database": "/srv/people.db"}
         fake = {"module": "fake_database", "query": "SELECT %s"}
         words = ("connect: is not made of name=value words; write e.g."
@@ -6103,22 +6155,18 @@ class SqlBackendTest(BackendCase):
              "database: is for module = sqlite3; write connect"),
             *(({**fake, "connect": text}, words) for text in (
                 "people", "a=b secret", "=b", "a='b", "a='b'c", "1=2")),
-            ({**place, "query": "SELECT 1"},
-             "query: has 0 times ?; write it once, where the name goes"),
-            ({**place, "query": "SELECT ?, ?", "list_query": "SELECT ?"},
-             "query: has 2 times ?; write it once, where the name goes\n"
-             "list_query: has 1 times ?; leave it out, a list has no name"),
-            ({**fake, "query": "SELECT ?"},
-             "query: has 0 times %s; write it once, where the name goes"),
-            ({"module": "no_such_module"}, 'module: "no_such_module" cannot be'
-             " imported (No module named 'no_such_module'); install it, or"
-             " write sqlite3"),
-            ({"module": "../x"}, 'module: "../x" cannot be imported (that is'
-             " not a name of a module); install it, or write sqlite3"),
-            ({"module": "os"},
-             'module: "os" is not a DB-API 2 module; write e.g. psycopg'),
-            ({"module": "unsafe"},
-             'module: "unsafe" may not be used by threads; write another')))
+            *(({**place, "query": text}, f"query: does not have ? {once}")
+              for text in ("SELECT 1", "SELECT ?, ?")),
+            ({**fake, "query": "SELECT ?", "list_query": "SELECT %s"},
+             f"query: does not have %s {once}\nlist_query: has %s, but a list"
+             " has no name; leave it out"),
+            *(({"module": name}, f'module: "{name}" cannot be used ({reason});'
+               " install a DB-API 2 module, or write sqlite3")
+              for name, reason in (
+                ("no_such_module", "No module named 'no_such_module'"),
+                ("", "Empty module name"),
+                ("os", "module 'os' has no attribute 'threadsafety'"),
+                ("odd", "'odd'"), ("unsafe", "threads may not use it")))))
 
     @needs_root
     def test_is_found_inside_a_chroot(self):
@@ -6303,6 +6351,400 @@ class PostgresTest(BackendCase):
                 results = in_threads([kill] + [ask_on] * 8)
                 self.assertEqual(results, [(FAILED, {known}), *[None] * 8])
                 self.assertEqual(replies, {known, FAILED})
+
+
+# ---- accounts ---------------------------------------------------------------
+
+ALL_ITEMS = " ".join(fingerd_backends.ITEMS)
+NOW = int(time.time())
+DAY = 86400
+HALF_YEAR = 365 * DAY // 2
+
+
+class AccountsBackendTest(BackendCase):
+
+    def setUp(self):
+        super().setUp()
+        os.chmod(self.folder, 0o755)        # for nobody
+        self.system = System(self.folder)
+
+    def plan(self, backend, user="alice"):
+        """Give what is shown as the plan of a user, all else left out."""
+        return self.ask(backend, user).split("Name: \n", 1)[1]
+
+    def test_shows_each_item_by_itself(self):
+        self.system.add("alice", "Alice,Room 1,5551234,x", plan="Sleep\n",
+                        project="Dream\nmore\n", pgpkey="KEY",
+                        forward="a@example.org\n")
+        self.system.log_in(("alice", "no-tty", "host.example", DAY))
+        os.mkdir(os.path.join(self.folder, "mail"))
+        home = self.system.entries["alice"].pw_dir
+        since = time.strftime("%a %b %e %R (%Z)", time.localtime(DAY))
+        table = {
+            "home": f"Directory: {home}\n", "shell": "Shell: /bin/sh\n",
+            "home shell": f"Directory: {home}\tShell: /bin/sh\n",
+            "office": "Office: Room 1\n",
+            "phone": "Office Phone: 555-1234\t\t\tHome Phone: x\n",
+            "office phone": "Office: Room 1, 555-1234\t\tHome Phone: x\n",
+            "login": f"On since {since} on no-tty\n", "from": "", "idle": "",
+            "login from": f"On since {since} on no-tty from host.example\n",
+            "login idle": f"On since {since} on no-tty (messages off)\n",
+            "mail": "No mail.\n", "forward": "Mail forwarded to"
+            " a@example.org\n", "project": "Project:\nDream\nmore\n",
+            "plan": "Plan:\nSleep\n", "pgpkey": "PGP key:\nKEY\n", "": "",
+            "plan project pgpkey":
+                "PGP key:\nKEY\nProject:\nDream\nmore\nPlan:\nSleep\n"}
+        for show, text in table.items():
+            with self.subTest(show):
+                self.assertEqual(
+                    self.ask(self.system.make(self, show=show), "alice"),
+                    "Login: alice          \t\t\tName: Alice\n" + text)
+        for row in fingerd_backends.ITEMS:
+            self.assertIn(row, table)
+
+    def test_shows_by_default_what_users_have_written_to_be_shown(self):
+        self.system.add("alice", "Alice,Room,1,2", plan="Sleep\n",
+                        forward="secret")
+        self.assertEqual(
+            self.ask(self.system.make(self), "ALICE"),
+            "Login: alice          \t\t\tName: Alice\nPlan:\nSleep\n")
+        uid = pwd.getpwnam("root").pw_uid
+        self.assertNotIn(uid, self.make(AccountsBackend).uids)
+        self.assertIn(1000, self.make(AccountsBackend).uids)
+        self.assertNotIn(65534, self.make(AccountsBackend).uids)
+
+    def test_shows_more_to_local_clients(self):
+        self.system.add("alice")
+        networks = fingerd.KINDS["networks"].convert("192.0.2.0/24 ::1")
+        backend = self.system.make(self, show="", show_local="shell plan",
+                                   local=networks)
+        for client, local in (("192.0.2.7", True), ("192.0.3.7", False),
+                              ("::1", True), ("::2", False)):
+            with self.subTest(client):
+                text = backend.lookup("alice", False, client, HANG)
+                self.assertEqual("Shell" in text, local)
+                self.assertEqual("Plan" in text, local)
+
+    def test_utf_8_stays_utf_8(self):
+        self.system.add("alice", "Gr\xfc\xdfe & \udcff", plan="\xdf\u65e5\n")
+        self.assertEqual(
+            self.ask(self.system.make(self), "alice"),
+            "Login: alice          \t\t\tName: Gr\xfc\xdfe Alice \\xff\n"
+            "Plan:\n\xdf\u65e5\n")
+        out = run_python(self, """\
+            import os, pwd, sys
+            import fingerd_backends
+            # As pwd decodes it where the locale is of another encoding.
+            sys.getfilesystemencoding = lambda: "latin-1"
+            gecos = os.fsdecode("Gr\\xfc\\xdfe".encode())
+            entry = pwd.struct_passwd(("a", "x", 1, 1, gecos, "/", ""))
+            print(ascii(fingerd_backends.split_gecos(entry)[0]))
+            """)
+        self.assertEqual(out, "'Gr\\xfc\\xdfe'\n")
+
+    # Hidden, system, and unknown.
+
+    def make_hidden(self):
+        """Make accounts that nobody may see; give names, and options."""
+        add = self.system.add
+        add("alice", plan="seen")
+        add("file", plan="hidden", nofinger="")
+        os.symlink("nowhere", os.path.join(add("link", plan="hidden")[:-5],
+                                           ".nofinger"))
+        os.mkdir(os.path.join(add("dir", plan="hidden")[:-5], ".nofinger"))
+        add("closed", plan="hidden")
+        os.chmod(os.path.join(self.folder, "closed"), 0o700 - 0o100)
+        add("gone")
+        os.rmdir(os.path.join(self.folder, "gone"))
+        add("nohome")
+        os.rmdir(os.path.join(self.folder, "nohome"))
+        write_file(self.folder, "nohome", "a file")
+        add("system", plan="hidden", uid=os.getuid() + 1)
+        return ["file", "link", "dir", "closed", "gone", "nohome", "system",
+                "unknown", "a b", "-l", "../alice"]
+
+    def test_hidden_system_and_unknown_get_the_same_after_the_same_time(self):
+        names = self.make_hidden()
+        backend = self.system.make(self, show=ALL_ITEMS)
+        with as_nobody():
+            self.assertIn("seen", self.ask(backend, "alice"))
+            for name in names:
+                with self.subTest(name), self.takes(0.02, 0.02 + PROMPT):
+                    self.assertIsNone(self.ask(backend, name))
+            with self.takes(0, 0.01 + PROMPT):      # there is no more time
+                self.assertIsNone(self.ask(backend, "unknown", False, 0.01))
+
+    def test_opting_in_takes_a_plan_of_ones_own(self):
+        self.system.add("alice", plan="")
+        self.system.add("bob", project="none")
+        self.system.add("carol")
+        os.mkfifo(os.path.join(self.folder, "carol", ".plan"))
+        backend = self.system.make(self, opt_in=True, show="")
+        self.assertIn("alice", self.ask(backend, "alice"))
+        self.assertIsNone(self.ask(backend, "bob"))
+        self.assertIsNone(self.ask(backend, "carol"))
+
+    def test_a_home_that_may_only_be_searched_is_looked_into(self):
+        os.chmod(os.path.dirname(self.system.add("alice", plan="seen")), 0o711)
+        with as_nobody():
+            self.assertIn("seen", self.ask(self.system.make(self), "alice"))
+
+    def test_believes_no_file_but_a_regular_one_of_the_user(self):
+        secret = write_file(self.folder, "secret", "secret")
+        made: dict[str, Any] = {
+            "fifo": os.mkfifo, "directory": os.mkdir,
+            "link": functools.partial(os.symlink, secret),
+            "loop": functools.partial(os.symlink, ".plan"),
+            "zero": functools.partial(os.symlink, "/dev/zero")}
+        backend = self.system.make(self, show="plan")
+        for name, make in made.items():
+            self.system.add(name)
+            make(os.path.join(self.folder, name, ".plan"))
+            with self.subTest(name), self.takes(0, PROMPT):
+                self.assertEqual(self.plan(backend, name), "No Plan.\n")
+        # A hard link to the file of another.
+        self.system.add("eve", uid=os.getuid() + 1)
+        os.link(secret, os.path.join(self.folder, "eve", ".plan"))
+        backend = self.system.make(
+            self, show="plan", uids=f"{os.getuid() + 1}-{os.getuid() + 1}")
+        self.assertEqual(self.plan(backend, "eve"), "No Plan.\n")
+
+    def test_a_closed_plan_is_not_there(self):
+        os.chmod(self.system.add("alice", plan="secret"), 0)
+        with as_nobody():
+            self.assertEqual(self.plan(self.system.make(self)), "No Plan.\n")
+
+    def test_a_plan_without_end_is_cut(self):
+        os.truncate(self.system.add("alice", plan="long\n"), 1 << 40)
+        with self.takes(0, PROMPT):
+            self.assertEqual(self.plan(self.system.make(self)),
+                             "Plan:\nlong\n[truncated]\n")
+
+    # Logins.
+
+    def test_leaves_out_what_the_system_does_not_keep(self):
+        self.system.add("alice")
+        backend = self.system.make(self, show="login from idle")
+        self.assertEqual(self.plan(backend), "")
+        write_file(self.folder, "utmp", b"torn")
+        self.assertEqual(self.plan(backend), "")
+        write_file(self.folder, "lastlog", b"torn")
+        self.assertEqual(self.plan(backend), "Never logged in.\n")
+        os.chmod(os.path.join(self.folder, "lastlog"), 0)
+        with as_nobody():
+            self.assertEqual(self.plan(backend), "")
+
+    def test_lists_who_is_logged_in_and_not_hidden(self):
+        backend = self.system.make(self, show="login")
+        self.assertEqual(backend.user_list(False, CLIENT, HANG),
+                         "No one logged on.\n")
+        self.make_hidden()
+        self.system.add("bob", "Bob Builder,Room 1")
+        self.system.log_in(
+            *[(name, "tty1", "", NOW) for name in self.system.entries],
+            ("bob", "tty2", "host", DAY), ("ghost", "tty3", "", NOW),
+            ("", "tty4", "", NOW), ("bob", "tty5", "", NOW, 8))
+        with as_nobody():
+            text = backend.user_list(False, CLIENT, HANG)
+        first, *rows = text.splitlines()
+        # As rogallo 3.2 knows a list, and the names in it.
+        self.assertRegex(first, r"^Login\s+Name\s+Login Time\s*$")
+        self.assertEqual(
+            [re.fullmatch(r"(\S+)\s{2,}.*", row)[1] for row in rows],
+            ["alice", "bob", "bob"])
+        self.assertEqual(
+            [re.sub(" +", " ", row) for row in rows],
+            [re.sub(" +", " ", time.strftime(text, time.localtime(since)))
+             for text, since in (("alice %b %e %R", NOW),
+                                 ("bob Bob Builder %b %e %R", DAY),
+                                 ("bob Bob Builder %b %e %R", NOW))])
+
+    # Full names.
+
+    def test_looks_among_full_names_only_when_told_so(self):
+        names = [f"user{number}" for number in range(10)]
+        for name in names:
+            self.system.add(name, "John Public,Room John")
+        self.system.add("john", "J. Doe")
+        self.system.add("daemon", "John", uid=os.getuid() + 1)
+        self.system.add("ghost", "John Ghost", nofinger="")
+        backend = self.system.make(self, show="")
+        self.assertEqual(self.ask(backend, "john").count("Login:"), 1)
+        self.assertIsNone(self.ask(backend, "public"))
+        self.assertEqual(self.system.walks, 0)
+        backend = self.system.make(self, show="", match_names=True)
+        self.assertEqual(
+            re.findall(r"Login: (\w+)", self.ask(backend, "JOHN")),
+            ["john", *names[:8]])
+        for name in ("joh", "j", "room", "public,", "ghost", "daemon", "&"):
+            with self.subTest(name):
+                self.assertIsNone(self.ask(backend, name))
+        self.assertIn("\n\nLogin: user1 ", self.ask(backend, "public"))
+        in_threads([lambda: self.ask(backend, "doe")] * 8)
+        self.assertLessEqual(self.system.walks, 2)      # one a minute
+
+    # Settings.
+
+    def test_refuses_settings_that_cannot_be(self):
+        items = "cannot be shown; write some of " + ALL_ITEMS
+        uids = "is not a range of numbers; write e.g. 1000-59999"
+        self.assert_refused(AccountsBackend, (
+            ({"show": "plan all"}, f'show: "all" {items}'),
+            ({"show": "a b", "show_local": "Plan", "local": "x"},
+             f'show: "a" {items}\nshow: "b" {items}\n'
+             f'show_local: "Plan" {items}'),
+            ({"show_local": "home"},
+             "show_local: is for nobody; write local = 127.0.0.0/8 ::1"),
+            *(({"uids": text}, f'uids: "{text}" {uids}')
+              for text in ("", "1000", "a-b", "1-2-3", "-5", "1-99999999999")),
+            ({"hide_file": ""}, "hide_file: is empty; write e.g. .nofinger")))
+
+    def test_refuses_a_chroot(self):
+        with config_file("[server]\nbackend = accounts\n[daemon]\nchroot ="
+                         " /tmp\n") as path:
+            status, out, err = run_fingerd("--config", path, "--check")
+        self.assertEqual((status, out), (2, ""))
+        self.assertIn("chroot: hides the accounts; leave it out, or take"
+                      " accounts out of backend\n", err)
+
+
+class RealFingerTest(BackendCase):
+    """Beside Debian's finger, in a chroot with accounts of every kind."""
+
+    TZ = "CET-1CEST,M3.5.0,M10.5.0/3"
+    PEOPLE = {      # full name and so on, and files in the home
+        "u01": ("Alice Liddell", {"plan": "Multi\nline\nplan\n"}),
+        "u02": ("", {"plan": "no newline"}),
+        "u03": ("Bob,Room 5,5551234,5556789", {"plan": ""}),
+        "u04": ("& Smith,R & D,12345,1234", {"project": "one\ntwo\n"}),
+        "u05": ("*Star,,,12345678901",
+                {"pgpkey": "KEY\n", "project": "p", "plan": "x\n\n"}),
+        "u06": ("Name,,555", {"forward": "other@example.org\n"}),
+        "u07": ("Name,,,home", {"forward": "a\nb"}),
+        "u08": (",office only", {"plan": "tab\tESC \x1b[2J DEL \x7f\n"}),
+        "u09": ("Name,Off,+49 30 1234,1234567890,other", {}),
+        "u10": ("&&& x&", {"project": "", "pgpkey": "\n"}),
+        "u11": (" lead, space ,1 2, 3 ", {}),
+        "u12": ("Office,An office that has a very very long name indeed,"
+                "1234567,7654321", {}),
+        "u13": ("X,123456789012345678901234567890,1234567", {}),
+        "u14": ("*", {}), "u15": ("N,o,123456,12345678", {}),
+        "u16": ("tab\there", {}), "u17": (",,,", {}),
+        "u18": ("N,,5551234567", {}),
+        "u19": ("N,of 22 characters here,123456789", {}),
+        "u20": ("N,of 23 characters here.,12345678,1", {}),
+        "averyveryverylongname21": ("Long Login", {}),
+    }
+    TTYS = {        # seconds idle, and mode
+        "tty1": (3700, 0o620), "pts/0": (-100, 0o600), "tty22": (-100, 0o620),
+        "pts/1": (3 * 90000, 0o620), "pts/2": (65, 0o600),
+        "pts/3": (400 * DAY + 5, 0o620), "pts/4": (365 * DAY + 65, 0o622),
+    }
+    UTMP = (        # user, terminal, host, seconds ago, and kind
+        ("u01", "tty1", "", DAY), ("u01", "pts/0", "host.example.org", 100),
+        ("u01", "pts/1", "192.0.2.1", 300 * DAY), ("u03", "pts/2", "", 50),
+        ("u03", ":0", ":0", 5000), ("u05", "pts/99", "", 60),
+        ("u06", "pts/2", "", 60, 8), ("", "pts/2", "", 0),
+        ("averyveryverylongname21", "pts/3", "long.host." * 9, 60),
+        ("u07", "pts/1", "h", 200 * DAY), ("u08", "tty22", "", 5),
+        ("u09", "pts/4", "x", 400 * DAY))
+    LASTLOG = {     # terminal, host, seconds ago
+        "u01": ("tty1", "", 50), "u02": ("pts/7", "x.org", 2 * DAY),
+        "u03": ("pts/8", "later", 10), "u04": ("tty9", "", 190 * DAY),
+        "u07": ("pts/4", "foo", 100 * DAY), "u09": ("a", "b", 401 * DAY),
+        "u10": ("pts/4", "", HALF_YEAR - 60), "u11": ("x", "", HALF_YEAR + 60)}
+    MAIL = {        # bytes, and seconds ago that it was read and that it came
+        "u01": (5, 100, 50), "u02": (0, 1, 1), "u03": (5, 50, 100),
+        "u04": (5, 300 * DAY, 299 * DAY), "u05": (5, 77, 77)}
+
+    def setUp(self):
+        super().setUp()
+        self.root = os.path.join(self.folder, "root")
+        program: Any = shutil.which("finger")
+        libraries = re.findall(r"/\S+", subprocess.run(
+            ["ldd", program], capture_output=True, text=True).stdout)
+        for path in (program, *libraries):
+            os.makedirs(os.path.dirname(self.root + path), exist_ok=True)
+            shutil.copy(path, self.root + path)
+        for path in ("etc", "home", "var/run", "var/log", "var/mail",
+                     "dev/pts"):
+            os.makedirs(os.path.join(self.root, path), exist_ok=True)
+        os.chmod(self.folder, 0o755)
+        self.make_accounts()
+        self.make_logins()
+
+    def make_accounts(self):
+        lines = ["root:x:0:0:root:/root:/bin/sh"]
+        for uid, (name, (gecos, files)) in enumerate(self.PEOPLE.items(),
+                                                     1000):
+            home = os.path.join(self.root, "home", name)
+            os.mkdir(home)
+            for file, text in files.items():
+                os.chown(write_file(home, "." + file, text), uid, uid)
+            os.chmod(home, 0o711)
+            shell = "/usr/local/bin/rc" if uid % 3 else ""
+            lines.append(f"{name}:x:{uid}:1000:{gecos}:/home/{name}:{shell}")
+        write_file(self.root, "etc/passwd", "\n".join(lines) + "\n")
+        for name, (size, read, came) in self.MAIL.items():
+            path = write_file(self.root, "var/mail/" + name, "x" * size)
+            os.utime(path, (NOW - read, NOW - came))
+            os.chmod(path, 0o600)
+
+    def make_logins(self):
+        write_file(self.root, "var/run/utmp", b"".join(
+            pack_utmp(name, tty, host, NOW - ago, *kind)
+            for name, tty, host, ago, *kind in self.UTMP))
+        layout = fingerd_backends.LASTLOG
+        uids = {name: 1000 + n for n, name in enumerate(self.PEOPLE)}
+        with open(os.path.join(self.root, "var/log/lastlog"), "wb") as file:
+            for name, (tty, host, ago) in self.LASTLOG.items():
+                file.seek(uids[name] * layout.size)
+                file.write(layout.pack(NOW - ago, tty.encode(),
+                                       host.encode()))
+        for tty, (idle, mode) in self.TTYS.items():
+            path = write_file(self.root, "dev/" + tty)
+            os.utime(path, (NOW - idle, NOW - idle))
+            os.chmod(path, mode)
+
+    def finger(self, name):
+        chroot: Any = shutil.which("chroot", path="/usr/sbin:/usr/bin")
+        program: Any = shutil.which("finger")
+        return subprocess.run(
+            [chroot, self.root, program, "-l", "--", name],
+            stdin=subprocess.DEVNULL, capture_output=True, timeout=HANG,
+            env={"TZ": self.TZ, "LC_ALL": "C"}).stdout
+
+    def answers(self, **options):
+        """Give what the backend says of each, asked by nobody in there."""
+        options = {**defaults(AccountsBackend), **options}
+        self.enter(mock.patch.dict(os.environ, TZ=self.TZ))
+        return json.loads(run_python(self, """\
+            import json, os, sys
+            import fingerd_backends
+            root, options, nobody, *names = sys.argv[1:]
+            os.chroot(root)
+            os.chdir("/")
+            os.setgid(int(nobody))
+            os.setuid(int(nobody))
+            backend = fingerd_backends.AccountsBackend(
+                json.loads(options), print)
+            print(json.dumps([backend.lookup(name, False, "", 10)
+                              for name in names]))
+            """, self.root, json.dumps(options), "65534", *self.PEOPLE))
+
+    @needs_root
+    @needs("finger")
+    def test_says_the_same_byte_for_byte(self):
+        def seconds(text):      # they pass while we ask
+            return re.sub(rb"\d+ seconds", b"N seconds", text)
+        answers = self.answers(show=ALL_ITEMS)
+        for name, answer in zip(self.PEOPLE, answers):
+            text = self.finger(name).replace(b"\n", b"\r\n")
+            with self.subTest(name):
+                self.assertIn(b"Name: ", text)
+                self.assertEqual(seconds(fingerd.to_wire(answer)),
+                                 seconds(text))
+        self.assertGreater(len(self.PEOPLE), 20)
 
 
 # ---- Fuzzers --------------------------------------------------------------
