@@ -423,6 +423,45 @@ def find_backend(name: str) -> Any:
     return classes[kind]
 
 
+class Aliases:
+    """Names that stand for others, in any case: the section [aliases]."""
+
+    settings = None             # any name may stand there, as in [users]
+
+    def __init__(self, options: dict[str, str]) -> None:
+        self.texts = {name.lower(): text for name, text in options.items()}
+        self.users: dict[str, list[str]] = {}
+        errors = []
+        for name in self.texts:
+            try:
+                self.users[name] = self.follow(name, ())
+            except ValueError as error:
+                errors.append(f"{name}: {error}")
+        if errors:
+            raise ValueError("\n".join(errors))
+
+    def follow(self, word: str, path: tuple[str, ...]) -> list[str]:
+        """Give the users behind a word, which is behind those of path."""
+        name = word.lower()
+        if name not in self.texts and "@" not in word:
+            return [word]
+        if name in path or len(path) > MAX_USERS:
+            raise ValueError("is a circle, or too long a chain"
+                             f" ({' = '.join((*path, name))}); cut it")
+        users = []
+        for behind in self.texts.get(name, "").split():
+            users += self.follow(behind, (*path, name))
+        if not 1 <= len(users) <= MAX_USERS:
+            raise ValueError(f"does not stand for 1 to {MAX_USERS} names;"
+                             " write these, without @")
+        return users
+
+    def expand(self, users: tuple[str, ...]) -> list[str]:
+        """Give the names that are asked for, aliases replaced."""
+        return [name for user in users
+                for name in self.users.get(user.lower(), (user,))]
+
+
 # ---- Settings -------------------------------------------------------------
 
 class Setting(NamedTuple):
@@ -837,6 +876,7 @@ class ConfigReader:
             rows = [row for row in SETTINGS if row.section == name]
             values = self.convert_section(name, rows)
             setattr(config, name, types.SimpleNamespace(**values))
+        config.aliases = self.make_aliases()
         config.backends = self.make_backends(
             config.server.backend, "" if self.old else config.daemon.chroot)
         self.raise_errors()
@@ -973,6 +1013,18 @@ class ConfigReader:
 
     # From values to backends.
 
+    def make_aliases(self) -> Aliases:
+        """Take the section [aliases] out, which is not that of a backend."""
+        options = self.backend_options("aliases", Aliases)
+        section = self.sections.pop("aliases", Section(0, {}))
+        try:
+            return Aliases(options or {})
+        except ValueError as error:
+            for text in str(error).splitlines():
+                entry = section.entries.get(text.partition(":")[0])
+                self.error(entry.line if entry else section.line, text)
+            return Aliases({})
+
     def make_backends(self, names: tuple[str, ...],
                       chroot: str) -> tuple[Any, ...]:
         """Build the backends, and complain of sections that are of none."""
@@ -1006,8 +1058,8 @@ class ConfigReader:
             self.error(line, f'backend: "{name}" {error}'
                        + ", or write backend = users" * missing)
             return
-        core = [f"[{row}]" for row in dict.fromkeys(
-            row.section for row in SETTINGS)]
+        core = ["[aliases]", *(f"[{row}]" for row in dict.fromkeys(
+            row.section for row in SETTINGS))]
         guess = did_you_mean(f"[{name}]", core)
         if missing and "did you mean" not in guess:
             guess = f"{error}, or remove the section"
@@ -1334,13 +1386,18 @@ class Answers:
 
     def look_up(self, query, client, deadline):
         """Answer for each name in turn, an empty line between them."""
-        if len(query.users) == 1:
-            reply = self.look_up_user(query.users[0], query.verbose, client,
+        users, aliases = query.users, self.config.aliases
+        if aliases.users:
+            users = aliases.expand(users)
+        if len(users) == 1:
+            reply = self.look_up_user(users[0], query.verbose, client,
                                       deadline)
+        elif len(users) > MAX_USERS:
+            return FIXED_REPLIES["malformed"]
         else:
             reply = join_replies([
                 self.look_up_user(user, query.verbose, client, deadline)
-                for user in query.users])
+                for user in users])
         if reply.outcome == "answered" and self.framing or (
                 len(reply.data) > self.limits.max_reply):
             return reply._replace(data=self.framed(reply.outcome, reply.data))

@@ -6747,6 +6747,84 @@ class RealFingerTest(BackendCase):
         self.assertGreater(len(self.PEOPLE), 20)
 
 
+# ---- Aliases ----------------------------------------------------------------
+
+class AliasesTest(unittest.TestCase):
+
+    NAMES = """
+[aliases]
+sales = bob Carol
+Staff = sales
+    moshez nobody
+short = moshez
+bob2 = bob bob
+[users]
+bob = Bob
+carol = Carol
+staff = hidden by the alias
+"""
+
+    def test_answers_for_each_name_behind_an_alias(self):
+        happy = "Happy and well\n"
+        table = {
+            "sales": "Bob\n\nCarol\n", "SALES": "Bob\n\nCarol\n",
+            "staff": "Bob\n\nCarol\n\n" + happy + "\nNo such user\n",
+            "short": happy, "bob2": "Bob\n\nBob\n", "bob": "Bob\n",
+            "/W short bob": happy + "\nBob\n", "": "bob    Bob\ncarol  Carol"
+            "\nstaff  hidden by the alias\nmoshez Happy and well\n",
+            "staff Staff": "\n".join(["Bob\n", "Carol\n", happy,
+                                      "No such user\n"] * 2),
+            "staff staff bob": "Malformed query\n"}
+        text = "[server]\nuser_list = yes\n" + self.NAMES
+        with serving(text + "moshez = Happy and well\n") as server:
+            for line, reply in table.items():
+                with self.subTest(line):
+                    got = server.ask(line.encode() + b"\r\n").decode()
+                    if line:
+                        self.assertEqual(got, reply.replace("\n", "\r\n"))
+                    else:
+                        self.assertEqual(re.findall(r"(?m)^\w+", got),
+                                         re.findall(r"(?m)^\w+", reply))
+
+    def test_every_backend_is_asked_for_the_names(self):
+        asked: list[str] = []
+
+        def answer(user, timeout):
+            asked.append(user)
+            return user
+        backend = ("slow", TestBackend(answer))
+        with serving("[aliases]\nrota = Alice bob:x\n", [backend]) as server:
+            self.assertEqual(server.ask(b"ROTA\r\n"),
+                             b"Alice\r\n\r\nbob:x\r\n")
+            server.wait_log('q="ROTA" outcome=answered backend=slow')
+        self.assertEqual(asked, ["Alice", "bob:x"])
+
+    def test_refuses_aliases_that_cannot_be(self):
+        wrong = "does not stand for 1 to 8 names; write these, without @"
+        circle = "is a circle, or too long a chain"
+        chain = "".join(f"a{n} = a{n + 1}\n" for n in range(2000))
+        table = (
+            ("alice = alice bob", f":2: alice: {circle} (alice = alice)"),
+            ("A = b\nb = C\nc = a", f":2: a: {circle} (a = b = c = a)"),
+            ("A = b\nb = C\nc = a", f":4: c: {circle} (c = a = b = c)"),
+            ("x = y\ny = y", f":2: x: {circle} (x = y = y); cut it"),
+            ("x =", f":2: x: {wrong}"), ("x = a@b", f":2: x: {wrong}"),
+            ("x = 1 2 3 4 5 6 7 8 9", f":2: x: {wrong}"),
+            ("x = y y y\ny = 1 2 3", f":2: x: {wrong}"),
+            (chain, f":2: a0: {circle} (a0 = a1 = "),
+            ("".join(f"a{n} = a{n + 1} a{n + 1}\n" for n in range(99)),
+             f":2: a0: {circle} (a0 = a1 = "),
+            ("a:b =", f":1: a:b: {wrong}"),
+            ("a b = c", ":2: a b: nobody can ask for it"),
+            ("x = y\n[alias]\nx = y", ":3: [alias]: no such section; did you"
+             " mean [aliases]?"))
+        for text, message in table:
+            with self.subTest(text[:40]):
+                with self.assertRaises(fingerd.ConfigError) as caught:
+                    read_config("[aliases]\n" + text)
+                self.assertIn(message, str(caught.exception))
+
+
 # ---- Fuzzers --------------------------------------------------------------
 
 # The tests run one round; .ci/fuzz.py runs on with other seeds.
