@@ -357,6 +357,9 @@ class UsersBackend:
 
     enter_chroot(path), if there is one, gets ready to work where path is /,
     or says with a ValueError, as above, why that cannot be.
+
+    limit_threads(number), if there is one, gets how many lookups may run at
+    once.
     """
 
     waits = False
@@ -434,6 +437,45 @@ def find_backend(name: str, sections: tuple[str, ...] = ()) -> Any:
             "remove the section" if sections else "write backend = users"))
     raise ValueError(("no such section" if sections else "is not a backend")
                      + guess)
+
+
+class Aliases:
+    """Names that stand for others, in any case: the section [aliases]."""
+
+    settings = None             # any name may stand there, as in [users]
+
+    def __init__(self, options: dict[str, str]) -> None:
+        self.texts = {name.lower(): text for name, text in options.items()}
+        self.users: dict[str, list[str]] = {}
+        errors = []
+        for name in self.texts:
+            try:
+                self.users[name] = self.follow(name, ())
+            except ValueError as error:
+                errors.append(f"{name}: {error}")
+        if errors:
+            raise ValueError("\n".join(errors))
+
+    def follow(self, word: str, path: tuple[str, ...]) -> list[str]:
+        """Give the users behind a word, which is behind those of path."""
+        name = word.lower()
+        if name not in self.texts and "@" not in word:
+            return [word]
+        if name in path or len(path) > MAX_USERS:
+            raise ValueError("is a circle, or too long a chain"
+                             f" ({' = '.join((*path, name))}); cut it")
+        users = []
+        for behind in self.texts.get(name, "").split():
+            users += self.follow(behind, (*path, name))
+        if not 1 <= len(users) <= MAX_USERS:
+            raise ValueError(f"does not stand for 1 to {MAX_USERS} names;"
+                             " write these, without @")
+        return users
+
+    def expand(self, users: tuple[str, ...]) -> list[str]:
+        """Give the names that are asked for, aliases replaced."""
+        return [name for user in users
+                for name in self.users.get(user.lower(), (user,))]
 
 
 # ---- Settings -------------------------------------------------------------
@@ -746,6 +788,7 @@ def read_config(path: str, report: Callable[..., None],
     sections = parse_config(read_text(path), errors)
     config = convert_core(sections, overrides or {}, old, errors)
     config.path = path
+    config.aliases = make_aliases(sections, errors)
     chroot = "" if old else config.daemon.chroot
     config.backends = make_backends(config, sections, report, chroot, errors)
     config.warnings = check_others(config, sections, errors).texts(path)
@@ -900,6 +943,16 @@ def convert_text(row: Setting, text: str, line: int, errors: Notes) -> Any:
 
 # From values to backends.
 
+def make_aliases(sections: Sections, errors: Notes) -> Aliases:
+    """Take the section [aliases] out, which is not of a backend."""
+    entries = sections.pop("aliases", {"": Entry(0, "", "", "")})
+    try:
+        return Aliases(convert_options(Aliases, "aliases", entries, errors))
+    except ValueError as error:
+        place_notes(entries, str(error).splitlines(), errors)
+        return Aliases({})
+
+
 def make_backends(config: Any, sections: Sections,
                   report: Callable[..., None], chroot: str,
                   errors: Notes) -> tuple[Any, ...]:
@@ -939,7 +992,7 @@ def check_others(config: Any, sections: Sections, errors: Notes) -> Notes:
             continue
         line = entries[""].line
         try:
-            cls = find_backend(name, tuple(CORE))
+            cls = find_backend(name, (*CORE, "aliases"))
             convert_options(cls, name, entries, errors)
         except ValueError as error:
             errors.add(line, f"[{name}]: {error}")
@@ -1216,6 +1269,9 @@ class Answers:
         self.config = config
         self.log = log
         self.limits = config.limits
+        for _, backend in config.backends:
+            if hasattr(backend, "limit_threads"):
+                backend.limit_threads(config.limits.max_threads)
         server = config.server
         self.header = to_wire(server.header) if server.header else b""
         self.footer = to_wire(server.footer) if server.footer else b""
@@ -1242,8 +1298,13 @@ class Answers:
             return self.forward(query, deadline)
         if not query.users:
             return self.list_users(query, client, deadline)
+        users = query.users
+        if self.config.aliases.users:
+            users = self.config.aliases.expand(users)
+            if len(users) > MAX_USERS:
+                return FIXED_REPLIES["malformed"]
         replies = [self.look_up(user, query.verbose, client, deadline)
-                   for user in query.users]
+                   for user in users]
         reply = replies[0] if len(replies) == 1 else join_replies(replies)
         if reply.outcome == "answered" and self.framing or (
                 len(reply.data) > self.limits.max_reply):

@@ -14,12 +14,16 @@ import atexit
 import codecs
 import contextlib
 import encodings.aliases
+import errno
 import functools
 import html
 import http.client
+import importlib
 import io
 import itertools
+import math
 import os
+import pwd
 import re
 import selectors
 import shlex
@@ -27,12 +31,14 @@ import shutil
 import signal
 import socket
 import ssl
+import stat
+import struct
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, NamedTuple
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 __version__ = "1.0"
@@ -82,6 +88,13 @@ def check_all(*checks: Callable[[], Any]) -> list[Any]:
     if errors:
         raise ValueError("\n".join(errors))
     return results
+
+
+def refuse(*errors: Any) -> None:
+    """Raise those errors that are texts as one ValueError, if any is."""
+    lines = [error for error in errors if error]
+    if lines:
+        raise ValueError("\n".join(lines))
 
 
 class NamePattern:
@@ -896,4 +909,613 @@ class WebBackend:
             one_page.release()
 
 
-BACKENDS = {"finger": FingerBackend, "web": WebBackend}
+# ---- Files as an enemy wrote them -------------------------------------------
+
+MAX_FILE = 256 * 1024   # bytes that are read of a file: of a page, too
+PLAIN_NAME = re.compile(r"\w[\w.+-]{0,63}")
+# Follow no symlink, wait for no writer of a FIFO and for no lease, get no
+# controlling terminal.
+FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+# A directory that may be searched need not be readable, where systems know.
+FOLDER_FLAGS = os.O_DIRECTORY | getattr(
+    os, "O_PATH", getattr(os, "O_SEARCH", os.O_RDONLY))
+# There is no such file for us.  Systems differ about symlinks and sockets.
+ABSENT = {getattr(errno, name, errno.ENOENT) for name in (
+    "EACCES", "EFTYPE", "EISDIR", "ELOOP", "EMLINK", "ENAMETOOLONG", "ENOENT",
+    "ENOTDIR", "ENXIO", "EOPNOTSUPP")}
+
+
+@contextlib.contextmanager
+def open_folder(path):
+    """Give the descriptor of a directory, closed at the end."""
+    fd = os.open(path, FOLDER_FLAGS)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def read_file(folder, name, owner=None, limit=MAX_FILE):
+    """Give the text of a regular file in a folder, None if there is none.
+
+    With an owner, a uid, it must be that user's.
+    """
+    try:
+        fd = os.open(name.encode(), FILE_FLAGS, dir_fd=folder)
+    except OSError as error:
+        if error.errno in ABSENT:
+            return None
+        raise
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or owner not in (None, info.st_uid):
+            return None
+        data = bytearray()
+        for piece in iter(functools.partial(os.read, fd, READ_SIZE), b""):
+            data += piece
+            if len(data) > limit:
+                break
+        return make_text(data, "utf-8", limit)
+    finally:
+        os.close(fd)
+
+
+# ---- files ------------------------------------------------------------------
+
+MAX_LISTED = 10_000     # files that a list opens: more than a reply ever holds
+MAX_FIRST = 1000        # bytes that are read of each
+
+
+class FilesBackend:
+    """Answers with a text file of a directory, read at each query.
+
+    A client names a file, without the .txt that may be behind its name.  What
+    does not match PLAIN_NAME, as a path or a hidden file, names nothing.
+    """
+
+    waits = True
+    settings = (
+        ("directory", "directory", "", "where NAME or NAME.txt is a user's"),
+        ("index", "path", "", "file there that is the user list, if any"),
+        ("list", "yes/no", "no", "make a user list of their first lines?"),
+    )
+
+    def __init__(self, options, report):
+        self.directory, self.index, self.listed = (
+            options[row[0]] for row in self.settings)
+        refuse(not self.directory
+               and "directory: is empty; write e.g. /srv/finger",
+               ("/" in self.index or self.index in (".", ".."))
+               and f'index: "{self.index}" is not the name of a file in the'
+               " directory; write e.g. index.txt",
+               self.index and self.listed
+               and "list: index answers the user list; leave one out")
+
+    def lookup(self, user, verbose, client, timeout):
+        """Give the text of a user's file; None: no such user."""
+        if not self._may_be_user(user):
+            return None
+        with open_folder(self.directory) as folder:
+            for name in dict.fromkeys((user, user.lower())):
+                for file in (name, name + ".txt"):
+                    text = self._read(folder, file)
+                    if text is not None:
+                        return text
+        return None
+
+    def user_list(self, verbose, client, timeout):
+        """Give the text of the index, or of a list; None: no such setting."""
+        if not self.index and not self.listed:
+            return None
+        with open_folder(self.directory) as folder:
+            if self.listed:
+                return self._list(folder, time.monotonic() + timeout)
+            text = read_file(folder, self.index)
+        if text is None:
+            raise OSError(f"{self.index}: is not a file in {self.directory}")
+        return text
+
+    def _may_be_user(self, name):
+        return (PLAIN_NAME.fullmatch(name) is not None
+                and not name.lower().endswith(".txt"))
+
+    def _read(self, folder, name, limit=MAX_FILE):
+        """Give the text of a user's file; the index is not one."""
+        if name.lower() == self.index.lower():
+            return None
+        return read_file(folder, name, limit=limit)
+
+    def _list(self, folder, deadline):
+        """Give a line for each user, with the first line of the text."""
+        lines: dict = {}
+        for file in sorted(os.listdir(self.directory)):
+            name = file[:-len(".txt")] if file.endswith(".txt") else file
+            if (name in lines or len(lines) == MAX_LISTED
+                    or not self._may_be_user(name)):
+                continue
+            seconds_left(deadline)
+            text = self._read(folder, file, limit=MAX_FIRST)
+            if text is not None:
+                lines[name] = text.partition("\n")[0]
+        width = max(map(len, lines), default=0)
+        return "".join(f"{name:{width}}  {line}\n"
+                       for name, line in lines.items())
+
+
+# ---- sql --------------------------------------------------------------------
+
+MAX_ROWS = 10_000       # that are read of a result: more than a reply holds
+SQLITE_STEPS = 10_000   # between looks at the clock: some 0.2 ms
+# How a module wants its parameter written: its paramstyle (PEP 249).
+MARKS = {"qmark": "?", "format": "%s", "pyformat": "%s", "numeric": ":1",
+         "named": ":name"}
+CONNECT_WORD = re.compile(r"""\s*([A-Za-z_]\w*)=
+    (?: (["'])(.*?)\2 | ([^\s"']\S*)? ) (?!\S)""", re.VERBOSE | re.DOTALL)
+
+
+def load_module(name):
+    """Import a DB-API 2 module; give it and its mark of a parameter."""
+    try:
+        module = importlib.import_module(name)
+        if not module.threadsafety:
+            raise TypeError("threads may not use it")
+        return module, MARKS[module.paramstyle]
+    except (AttributeError, ImportError, KeyError, TypeError,
+            ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f'module: "{name}" cannot be used ({reason}); install'
+                         " a DB-API 2 module, or write sqlite3") from None
+
+
+def limit_sqlite(connection, deadline):
+    """Have SQLite give up at the deadline, be it waiting or working."""
+    left = max(0, math.ceil(1000 * (deadline - time.monotonic())))
+    connection.execute(f"PRAGMA busy_timeout = {left}")
+    connection.set_progress_handler(
+        lambda: time.monotonic() > deadline, SQLITE_STEPS)
+    connection.text_factory = bytes     # it may be no UTF-8
+
+
+def spell_rows(columns, rows):
+    """Give a line for each value that is not NULL; None if there is none."""
+    lines = []
+    for row in rows:
+        for column, value in zip(columns, row):
+            if isinstance(value, (bytes, bytearray, memoryview)):
+                text = make_text(bytes(value), "utf-8", MAX_FILE)
+            else:
+                text = str(value)
+            if value is not None:
+                name = f"{column}: " if len(columns) > 1 else ""
+                lines.append(name + text.rstrip("\n") + "\n")
+    return "".join(lines) if lines else None
+
+
+class SqlBackend:
+    """Answers with what a database has of a name, by any DB-API 2 module.
+
+    Rows are lines; where there are more columns than one, so are the values,
+    each with its column's name.  Nothing found is no such user.  A file is
+    opened for each query: another may have been put into its place.
+    """
+
+    waits = True
+    settings = (
+        ("database", "path", "", "file of an SQLite database"),
+        ("module", "text", "sqlite3", "DB-API 2 module for another database"),
+        ("connect", "text", "", "name=value words for its connect()"),
+        ("query", "text", "SELECT text FROM people WHERE name = ?",
+         "what is answered; its parameter (?, %s) is the name"),
+        ("list_query", "text", "", "the same for the user list, if any"),
+    )
+
+    def __init__(self, options, report):
+        self.idle = []          # connections
+        self.limit_threads(64)
+        self.query, self.list_query = options["query"], options["list_query"]
+        self.module, mark = load_module(options["module"])
+        self.sqlite = options["module"] == "sqlite3"
+        database, connect = options["database"], options["connect"]
+        refuse(self.sqlite and not database
+               and "database: is empty; write e.g. /srv/people.db",
+               database and not self.sqlite
+               and "database: is for module = sqlite3; write connect",
+               connect and self.sqlite
+               and "connect: is for other modules; write database",
+               # The text is not shown: a password may be in it.
+               CONNECT_WORD.sub("", connect).strip()
+               and "connect: is not made of name=value words; write e.g."
+               " dbname=people password='with spaces'",
+               self.query.count(mark) != 1 and f"query: does not have {mark}"
+               " once; write it where the name goes, and nowhere else",
+               mark in self.list_query and f"list_query: has {mark}, but a"
+               " list has no name; leave it out")
+        self.arguments = {
+            name: int(plain) if re.fullmatch("-?[0-9]+", plain)
+            else quoted or plain
+            for name, _, quoted, plain in CONNECT_WORD.findall(connect)}
+        if self.sqlite:
+            self.arguments = {
+                "database": f"file:{urllib.parse.quote(database)}?mode=ro",
+                "uri": True, "check_same_thread": False}
+
+    def __del__(self):
+        for connection in self.idle:
+            with contextlib.suppress(Exception):
+                connection.close()
+
+    def limit_threads(self, number):
+        """Have that many connections at most."""
+        self.places = threading.Semaphore(number)
+
+    def lookup(self, user, verbose, client, timeout):
+        """Give what the query finds; None: nothing."""
+        return self._ask(timeout, self.query, [user])
+
+    def user_list(self, verbose, client, timeout):
+        """Give what list_query finds; None: it is not set."""
+        if not self.list_query:
+            return None
+        return self._ask(timeout, self.list_query) or ""
+
+    def _ask(self, timeout, *query):
+        """Run a query, on a new connection if the idle one is dead."""
+        deadline = time.monotonic() + timeout
+        if not self.places.acquire(timeout=max(0, timeout)):
+            raise TimeoutError("all connections are in use: timed out")
+        try:
+            # Another thread may be quicker to take it.
+            with contextlib.suppress(IndexError, ConnectionError):
+                return self._run(self.idle.pop(), deadline, query)
+            return self._run(None, deadline, query)
+        finally:
+            self.places.release()
+
+    def _run(self, connection, deadline, query):
+        """Run a query; a ConnectionError says that another may do better."""
+        try:
+            if connection is None:
+                connection = self.module.connect(**self.arguments)
+            if self.sqlite:
+                limit_sqlite(connection, deadline)
+            with contextlib.closing(connection.cursor()) as cursor:
+                cursor.execute(*query)
+                columns = [column[0] for column in cursor.description or ()]
+                text = spell_rows(columns, cursor.fetchmany(MAX_ROWS))
+            connection.rollback()
+        except Exception as error:      # the module's, or what it lets through
+            with contextlib.suppress(Exception):    # it may be dead, or None
+                connection.close()
+            late = time.monotonic() >= deadline
+            reason = f"{type(error).__name__}: {error}"
+            raise (TimeoutError if late else ConnectionError)(
+                " ".join(reason.split())[:500]) from None
+        if self.sqlite:
+            connection.close()
+        else:
+            self.idle.append(connection)
+        return text
+
+
+# ---- accounts: lines as Debian's finger has them, byte for byte -------------
+
+FILES = {"forward": (".forward", "Mail forwarded to ", ""),
+         "pgpkey": (".pgpkey", "PGP key:\n", ""),
+         "project": (".project", "Project:\n", ""),
+         "plan": (".plan", "Plan:\n", "No Plan.\n")}
+ITEMS = ("home", "shell", "office", "phone", "login", "from", "idle",
+         "forward", "mail", "pgpkey", "project", "plan")
+SAME_TIME = 0.02        # seconds that it takes at least to know nobody
+HALF_YEAR = 365 * 86400 / 2     # seconds: an older login is shown with year
+MAX_MATCHES = 8         # accounts of one real name: as names in a query
+MATCH_TIME = 60         # seconds between two walks through all of passwd
+# utmp(5) and lastlog(5) of glibc: their times have 32 bits, or 64.
+WIDE = os.uname().machine in ("aarch64", "alpha", "ia64", "loongarch64")
+UTMP = struct.Struct("=h6x32s4x32s256s8x" + ("4xI52x" if WIDE else "I40x"))
+LASTLOG = struct.Struct("=I4x32s256s" if WIDE else "=I32s256s")
+USER_PROCESS = 7        # the kind of record in utmp that is a login
+
+
+class Login(NamedTuple):
+    """Where from and when somebody logged in."""
+
+    name: str
+    tty: str
+    host: str
+    since: int              # 0 is never
+
+
+def make_login(name, tty, host, since):
+    name, tty, host = (
+        field.partition(b"\0")[0].decode("utf-8", "backslashreplace")
+        for field in (name, tty, host))
+    return Login(name, tty, host, since)
+
+
+def read_logins(path):
+    """Give who is logged in, nobody where that is not kept."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except (FileNotFoundError, PermissionError):
+        return []
+    records = UTMP.iter_unpack(data[:len(data) // UTMP.size * UTMP.size])
+    return [make_login(name, tty, host, since)
+            for kind, tty, name, host, since in records
+            if kind == USER_PROCESS and name[0]]
+
+
+def read_last_login(path, uid):
+    """Give the last login of a user, None where that is not kept."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(uid * LASTLOG.size)
+            data = file.read(LASTLOG.size)
+    except (FileNotFoundError, PermissionError):
+        return None
+    whole = len(data) == LASTLOG.size   # it ends behind the highest of them
+    since, tty, host = LASTLOG.unpack(data if whole else bytes(LASTLOG.size))
+    return make_login(b"", tty, host, since)
+
+
+def split_gecos(entry):
+    """Give full name, office, office phone and home phone of an account."""
+    gecos = os.fsencode(entry.pw_gecos).decode("utf-8", "backslashreplace")
+    fields = [*gecos[gecos.startswith("*"):].split(","), "", "", ""][:4]
+    login = entry.pw_name[:1].upper() + entry.pw_name[1:]
+    return [fields[0].replace("&", login), *fields[1:]]
+
+
+def spell_phone(number):
+    """Put hyphens into a number that is digits only."""
+    signs = {4: "x", 5: "x", 7: "", 10: "", 11: "+"}
+    if len(number) not in signs or re.search("[^0-9]", number):
+        return number
+    parts = number[:-10], number[-10:-7], number[-7:-4], number[-4:]
+    return signs[len(number)] + "-".join(filter(None, parts))
+
+
+def spell_office(office, phone, home_phone):
+    """Give office and phones a line each, or one to two of them that fit."""
+    texts = [office and f"Office: {office}",
+             phone and f"Office Phone: {spell_phone(phone)}",
+             home_phone and f"Home Phone: {spell_phone(home_phone)}"]
+    if office and phone and len(office) + len(phone) <= 31:
+        texts[:2] = [f"Office: {office}, {spell_phone(phone)}"]
+    lines, line = "", ""
+    for text in filter(None, texts):
+        column = max(48, len(line) // 8 * 8 + 8)
+        if line and column + len(text) <= 80:
+            tabs = "\t" * max(1, 5 - len(line) // 8)
+            lines, line = f"{lines}{line}{tabs}{text}\n", ""
+        else:
+            lines, line = lines + line + "\n" * bool(line), text
+    return lines + line + "\n" * bool(line)
+
+
+def spell_time(seconds, year=""):
+    return time.strftime(f"%a %b %e %R {year}(%Z)", time.localtime(seconds))
+
+
+def spell_place(login, items):
+    """Give where a login is, or was, and came from."""
+    host = f" from {login.host}" if login.host and "from" in items else ""
+    return f" on {login.tty}{host}"
+
+
+def spell_idle(tty, indent):
+    """Report how long a terminal is idle, and whether it takes messages."""
+    try:
+        info = os.stat("/dev/" + tty)
+    except OSError:                 # as for ":0", a display of X
+        return " (messages off)"
+    idle = time.gmtime(max(0, int(time.time()) - int(info.st_atime)))
+    parts = [(idle.tm_yday - 1, "day"), (idle.tm_hour, "hour"),
+             (idle.tm_min, "minute"), (idle.tm_sec, "second")]
+    parts = parts[:2 if idle.tm_yday > 1 else 3 if idle.tm_hour else 4]
+    text = "".join(f"{number} {unit}{'s' * (number > 1)} "
+                   for number, unit in parts if number)
+    if text:
+        text = f"{indent}{text}idle"
+    if info.st_mode & 0o220 != 0o220:
+        text += "\n     (messages off)" if text else " (messages off)"
+    return text
+
+
+def spell_mail(path):
+    """Report when mail came and was read, as far as a mailbox shows it."""
+    size = 0
+    with contextlib.suppress(OSError):
+        info = os.stat(path)
+        size, came, read = info.st_size, int(info.st_mtime), int(info.st_atime)
+    if not size:
+        return "No mail.\n"
+    if came <= read:
+        return f"Mail last read {spell_time(read, '%Y ')}\n"
+    return (f"New mail received {spell_time(came, '%Y ')}\n"
+            f"     Unread since {spell_time(read, '%Y ')}\n")
+
+
+def spell_file(home, owner, name, header, absent):
+    """Give the text of a user's own file, or what is said without one."""
+    text = read_file(home, name, owner)
+    if text is None:
+        return absent
+    return header + text + "\n" * (not text.endswith("\n"))
+
+
+class AccountsBackend:
+    """Answers with what this system and its users say of an account.
+
+    A name that is unknown, a system's, or that of a user who hides gets the
+    same answer, after the same time.
+    """
+
+    waits = True
+    passwd = pwd
+    utmp, lastlog, mail = "/var/run/utmp", "/var/log/lastlog", "/var/mail/"
+    settings = (
+        ("show", "text", "project plan pgpkey",
+         "what is shown, some of: " + " ".join(ITEMS)),
+        ("show_local", "text", "", "the same for clients in local, besides"),
+        ("local", "networks", "", "networks of these clients"),
+        ("uids", "text", "1000-59999", "numbers of the users to answer for"),
+        ("hide_file", "path", ".nofinger", "file in a home that hides a user"),
+        ("opt_in", "yes/no", "no", "hide those without a .plan?"),
+        ("match_names", "yes/no", "no", "find words of full names, too?"),
+    )
+
+    def __init__(self, options, report):
+        self.options = options
+        self.show, self.show_local = (
+            set(options[name].split()) for name in ("show", "show_local"))
+        uids = options["uids"]
+        numbers: Any = re.fullmatch("([0-9]{1,10})-([0-9]{1,10})", uids)
+        refuse(*(f'{setting}: "{word}" cannot be shown; write some of '
+                 + " ".join(ITEMS) for setting in ("show", "show_local")
+                 for word in options[setting].split() if word not in ITEMS),
+               self.show_local and not options["local"] and
+               "show_local: is for nobody; write local = 127.0.0.0/8 ::1",
+               not numbers and f'uids: "{uids}" is not a range of numbers;'
+               " write e.g. 1000-59999",
+               not options["hide_file"]
+               and "hide_file: is empty; write e.g. .nofinger")
+        self.uids = range(int(numbers[1]), int(numbers[2]) + 1)
+        self.lock = threading.Lock()
+        self.index_names = functools.lru_cache(maxsize=1)(self._index_names)
+
+    def enter_chroot(self, path):
+        raise ValueError("chroot: hides the accounts; leave it out, or take"
+                         " accounts out of backend")
+
+    def lookup(self, user, verbose, client, timeout):
+        """Give what is shown of the accounts of a name; None: nobody's."""
+        soonest = time.monotonic() + min(SAME_TIME, timeout)
+        items = self._items(client)
+        texts = [self._visit(entry, functools.partial(self._describe, items))
+                 for entry in self._find(user)]
+        text = "\n".join(filter(None, texts))
+        if not text:
+            time.sleep(max(0, soonest - time.monotonic()))
+        return text or None
+
+    def user_list(self, verbose, client, timeout):
+        """Give a table of who is logged in, if that is shown; else None."""
+        if "login" not in self._items(client):
+            return None
+        rows = []
+        for login in read_logins(self.utmp):
+            entry = self._account(login.name)
+            if entry and self._visit(entry, lambda *account: account):
+                since = time.strftime("%b %e %R", time.localtime(login.since))
+                rows.append((entry.pw_name, split_gecos(entry)[0], since))
+        if not rows:
+            return "No one logged on.\n"
+        # rogallo makes a menu of a table with this first line.
+        rows = [("Login", "Name", "Login Time"), *sorted(rows)]
+        widths = [max(map(len, column)) + 2 for column in zip(*rows)]
+        return "".join(f"{login:{widths[0]}}{name:{widths[1]}}{since}\n"
+                       for login, name, since in rows)
+
+    def _items(self, client):
+        """Give what is shown to a client."""
+        if not self.options["local"]:
+            return self.show
+        import ipaddress  # loaded: there are networks
+        address = ipaddress.ip_address(client)
+        local = any(address in network for network in self.options["local"])
+        return self.show | self.show_local if local else self.show
+
+    def _account(self, login):
+        """Give the account with this login, None for a system's."""
+        with contextlib.suppress(KeyError, ValueError):
+            entry = self.passwd.getpwnam(login)
+            if entry.pw_uid in self.uids:
+                return entry
+        return None
+
+    def _find(self, name):
+        """Give the accounts of a name."""
+        if not PLAIN_NAME.fullmatch(name):
+            return []
+        logins = [name, name.lower()]
+        if self.options["match_names"]:
+            with self.lock:     # who waits for it finds it done
+                names = self.index_names(time.monotonic() // MATCH_TIME)
+            logins += names.get(name.lower(), [])[:MAX_MATCHES]
+        entries = filter(None, map(self._account, dict.fromkeys(logins)))
+        return {entry.pw_name: entry for entry in entries}.values()
+
+    def _index_names(self, minute):
+        """Give the logins of those with a word in their full names."""
+        names: dict = {}
+        for entry in self.passwd.getpwall():
+            for word in split_gecos(entry)[0].lower().split():
+                if entry.pw_uid in self.uids:
+                    names.setdefault(word, []).append(entry.pw_name)
+        return names
+
+    def _visit(self, entry, visit):
+        """Give visit(entry, home's descriptor); None if the user is hidden."""
+        try:
+            with open_folder(entry.pw_dir) as home:
+                with contextlib.suppress(FileNotFoundError):
+                    os.stat(self.options["hide_file"], dir_fd=home,
+                            follow_symlinks=False)
+                    return None
+                if self.options["opt_in"] and read_file(
+                        home, ".plan", entry.pw_uid) is None:
+                    return None
+                return visit(entry, home)
+        except OSError as error:
+            if error.errno not in ABSENT:
+                raise
+            return None         # the file may be there, and be out of sight
+
+    def _describe(self, items, entry, home):
+        """Give the lines of an account."""
+        name, *gecos = split_gecos(entry)
+        gecos = [text if item in items else "" for text, item
+                 in zip(gecos, ("office", "phone", "phone"))]
+        place = "\t".join(text for item, text in (
+            ("home", f"Directory: {entry.pw_dir:25}"),
+            ("shell", f"Shell: {entry.pw_shell or '/bin/sh'}"))
+            if item in items).rstrip(" ")
+        lines = [f"Login: {entry.pw_name:15}\t\t\tName: {name}\n",
+                 place + "\n" * bool(place), spell_office(*gecos)]
+        if "login" in items:
+            lines += self._login_lines(items, entry)
+        for item in filter(items.__contains__, (
+                "forward", "mail", "pgpkey", "project", "plan")):
+            lines.append(
+                spell_mail(self.mail + entry.pw_name) if item == "mail" else
+                spell_file(home, entry.pw_uid, *FILES[item]))
+        return "".join(lines)
+
+    def _login_lines(self, items, entry):
+        """Tell of the logins there are, and of a later one or the last."""
+        logins = [login for login in read_logins(self.utmp)
+                  if login.name == entry.pw_name[:32]]
+        last = read_last_login(self.lastlog, entry.pw_uid)
+        if last and logins and (
+                last.since <= min(login.since for login in logins)
+                or last.tty in [login.tty for login in logins]):
+            last = None
+        width = max([len(login.tty) for login in [*logins, last] if login],
+                    default=0)
+        for login in logins:
+            place = spell_place(login, items)
+            if "idle" in items:
+                place += spell_idle(login.tty, "\n" * (" from " in place)
+                                    + " " * (width - len(login.tty) + 3))
+            yield f"On since {spell_time(login.since)}{place}\n"
+        if last and last.since:
+            old = time.time() - last.since >= HALF_YEAR
+            yield (f"Last login {spell_time(last.since, '%Y ' * old)}"
+                   f"{spell_place(last, items)}\n")
+        elif last:
+            yield "Never logged in.\n"
+
+
+BACKENDS = {"accounts": AccountsBackend, "files": FilesBackend,
+            "finger": FingerBackend, "sql": SqlBackend, "web": WebBackend}

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import ctypes
 import encodings
 import errno
 import fcntl
 import functools
+import gc
 import glob
 import grp
 import gzip
 import http.server
+import importlib.util
 import itertools
 import json
 import math
@@ -31,7 +34,9 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
+import stat
 import struct
 import subprocess
 import sys
@@ -48,7 +53,13 @@ from unittest import mock
 
 import fingerd
 import fingerd_backends
-from fingerd_backends import FingerBackend, WebBackend
+from fingerd_backends import (
+    AccountsBackend,
+    FilesBackend,
+    FingerBackend,
+    SqlBackend,
+    WebBackend,
+)
 
 HERE = pathlib.Path(__file__).resolve().parent
 PROGRAM = HERE / "fingerd.py"
@@ -850,7 +861,7 @@ max_query = 1
                  ' users?'),
                 ("[server]\nbackend = users log\n",
                  'FILE:2: backend: "log" is not a backend; there are users,'
-                 ' finger, web'),
+                 ' accounts, files, finger, sql, web'),
                 ("[user]\n",
                  "FILE:1: [user]: no such section; did you mean [users]?"),
                 ("[webb]\n",
@@ -859,9 +870,11 @@ max_query = 1
                  "FILE:1: [limit]: no such section; did you mean [limits]?"),
                 ("[DEFAULT]\ntimeout = 1\n",
                  "FILE:1: [DEFAULT]: no such section; there are [server],"
-                 " [limits], [daemon], [log], [users], [finger], [web]"),
+                 " [limits], [daemon], [log], [aliases], [users], [accounts],"
+                 " [files], [finger], [sql], [web]"),
                 ("[]\n", "FILE:1: []: no such section; there are [server],"
-                 " [limits], [daemon], [log], [users], [finger], [web]")]:
+                 " [limits], [daemon], [log], [aliases], [users], [accounts],"
+                 " [files], [finger], [sql], [web]")]:
             with self.subTest(text=text):
                 self.assertEqual(self.errors(text)[0], error)
 
@@ -908,7 +921,7 @@ max_output = 1
                 'FILE:4: [picky:three]: shape: does not fit into /srv; cut'
                 ' it',
                 'FILE:4: backend: "nosuch" is not a backend; there are users,'
-                ' picky, finger, web',
+                ' picky, accounts, files, finger, sql, web',
                 "FILE:4: backend: names one twice; name each once",
                 "FILE:6: shape: does not fit into /srv; cut it",
                 "FILE:7: shape: does not fit into /srv; cut it",
@@ -4861,6 +4874,103 @@ def run_python(test, code, *args):
     return result.stdout
 
 
+def write_file(folder, name, text=""):
+    """Write a file, text or bytes; give its path."""
+    path = pathlib.Path(folder, name)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+class System:
+    """A system's accounts and logins as files, all owned by this user."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.entries = {}
+        self.walks = 0              # through all entries
+
+    def add(self, name, gecos="", uid=None, **files):
+        """Make an account with these files in its home; give the last path."""
+        home = path = os.path.join(self.folder, name)
+        os.mkdir(home)
+        for file, text in files.items():
+            path = write_file(home, "." + file, text)
+        uid = os.getuid() if uid is None else uid
+        self.entries[name] = pwd.struct_passwd(
+            (name, "x", uid, 1, gecos, home, "/bin/sh"))
+        return path
+
+    def log_in(self, *logins):
+        """Have utmp tell of (name, terminal, host, time)."""
+        write_file(self.folder, "utmp", b"".join(
+            pack_utmp(*login) for login in logins))
+
+    def getpwnam(self, name):
+        return self.entries[name]
+
+    def getpwall(self):
+        self.walks += 1
+        return list(self.entries.values())
+
+    def make(self, case, **options):
+        backend = case.make(AccountsBackend, **{
+            "uids": f"{os.getuid()}-{os.getuid()}", **options})
+        backend.passwd = self
+        for name in ("utmp", "lastlog", "mail/"):
+            setattr(backend, name.strip("/"), os.path.join(self.folder, name))
+        return backend
+
+
+def pack_utmp(name, tty, host, since, kind=7):
+    """Make a record of utmp(5)."""
+    fields = [text.encode() for text in (tty, name, host)]
+    return fingerd_backends.UTMP.pack(kind, *fields, since)
+
+
+def make_database(path, script):
+    """Make an SQLite database."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript(script)
+
+
+@contextlib.contextmanager
+def leased(path):
+    """Have a file whose opening another process wants to be asked about."""
+    with open(path, "rb") as file:
+        # SIGIO, which tells of the opening, would end the process.
+        fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        yield
+
+
+@contextlib.contextmanager
+def hanging(path):
+    """Have a file whose opening hangs, as on a file system that does."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    group = libc.fanotify_init(0x4, os.O_RDONLY)    # FAN_CLASS_CONTENT
+    if group < 0 or libc.fanotify_mark(             # FAN_MARK_ADD
+            group, 0x1, ctypes.c_uint64(0x10000),   # FAN_OPEN_PERM
+            -1, os.fsencode(path)):
+        raise OSError(ctypes.get_errno(), "no fanotify(7) here")
+    try:
+        yield
+    finally:
+        os.close(group)             # which lets all of them go on
+
+
+@contextlib.contextmanager
+def as_nobody():
+    """Be nobody, if we are root: it may read everything."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(pwd.getpwnam("nobody").pw_uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
 class BackendCase(unittest.TestCase):
     """Makes backends; fails when one leaves a thread or descriptor behind."""
 
@@ -4888,6 +4998,12 @@ class BackendCase(unittest.TestCase):
 
     def make(self, kind, *args, **options):
         return kind(dict(defaults(kind), **options), self.report, *args)
+
+    def enter(self, context):
+        """Enter a context for the rest of the test."""
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        return stack.enter_context(context)
 
     def write_script(self, text, name="script", shell="#!/bin/sh\n"):
         path = os.path.join(self.folder, name)
@@ -4959,6 +5075,9 @@ class BackendContract(BackendCase):
 
     name: str
     kind: Any
+    known = "I am {}.\n"
+    listed = "alice\nbob\n"
+    late = "timed out"
 
     def make_known(self, listed=False, **options) -> Any:
         raise NotImplementedError
@@ -4979,14 +5098,15 @@ class BackendContract(BackendCase):
         backend = self.make_known()
         for verbose in (False, True):
             self.assertEqual(self.ask(backend, "alice", verbose),
-                             "I am alice.\n")
+                             self.known.format("alice"))
             self.assertIsNone(self.ask(backend, "nobody", verbose))
-        self.assertEqual((self.reports, backend.warnings), ([], []))
+        self.assertEqual(self.reports, [])
+        self.assertFalse(getattr(backend, "warnings", ()))
 
     def test_gives_its_list_or_none(self):
         self.assertEqual(
             self.make_known(listed=True).user_list(False, CLIENT, HANG),
-            "alice\nbob\n")
+            self.listed)
         self.assertIsNone(self.make_known().user_list(False, CLIENT, HANG))
 
     def test_fails_with_an_oserror_when_its_source_does(self):
@@ -4997,7 +5117,7 @@ class BackendContract(BackendCase):
         backend = self.make_known()
         for seconds in (0.15, 0, -1):
             with self.takes(seconds, 0.15 + PROMPT):
-                self.assert_fails("timed out", self.ask, backend, "slow",
+                self.assert_fails(self.late, self.ask, backend, "slow",
                                   False, seconds, kind=TimeoutError)
 
     def test_answers_many_threads_each_its_own(self):
@@ -5011,7 +5131,11 @@ class BackendContract(BackendCase):
                     self.assertIsInstance(result, OSError)
                 else:
                     self.assertEqual(result, None if name == "nobody"
-                                     else f"I am {name}.\n")
+                                     else self.known.format(name))
+
+
+class NamePatternContract(BackendContract):
+    """Also run against those backends to which a name must look like one."""
 
     def test_knows_nobody_of_a_hostile_name_and_asks_no_source(self):
         backend = self.make_known()
@@ -5031,7 +5155,7 @@ class BackendContract(BackendCase):
                 self.assertEqual(len(self.sources_asked()), asked)
 
 
-class FingerContractTest(BackendContract):
+class FingerContractTest(NamePatternContract):
     name, kind = "finger", FingerBackend
 
     def make_known(self, listed=False, **options):
@@ -5059,7 +5183,7 @@ class FingerContractTest(BackendContract):
         return lines
 
 
-class WebContractTest(BackendContract):
+class WebContractTest(NamePatternContract):
     name, kind = "web", WebBackend
 
     def make_known(self, listed=False, **options):
@@ -5079,7 +5203,74 @@ class WebContractTest(BackendContract):
         return asked
 
 
-del BackendContract     # run by its heirs only
+class FilesContractTest(BackendContract):
+    name, kind = "files", FilesBackend
+    # No system bounds the time of a read; FilesBackendTest has a client of
+    # the server wait for one.
+    test_keeps_to_the_timeout: Any = None
+
+    def setUp(self):
+        super().setUp()
+        for name, text in (("alice", "I am alice.\n"), ("broken", "I am"),
+                           ("bob.txt", "I am bob.\n"),
+                           ("list", "alice\nbob\n")):
+            path = write_file(self.folder, name, text)
+            if name == "broken":
+                self.enter(leased(path))
+
+    def make_known(self, listed=False):
+        return self.make(FilesBackend, directory=self.folder,
+                         index="list" if listed else "")
+
+
+class SqlContractTest(BackendContract):
+    name, kind = "sql", SqlBackend
+    late = "timed out|interrupted"
+
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(gc.collect)     # an exception keeps its connection
+
+    def make_known(self, listed=False):
+        path = os.path.join(self.folder, "known.db")
+        if not os.path.exists(path):
+            make_database(path, """
+                CREATE TABLE known (name, text);
+                INSERT INTO known VALUES ('alice', 'I am alice.\n'),
+                                         ('bob', 'I am bob.');
+                CREATE VIEW people AS SELECT * FROM known
+                    UNION ALL SELECT 'broken', abs(-9223372036854775808)
+                    UNION ALL SELECT 'slow', (WITH RECURSIVE t(n) AS (
+                        SELECT 1 UNION ALL SELECT n + 1 FROM t)
+                        SELECT count(*) FROM t);
+                """)
+        return self.make(SqlBackend, database=path, list_query=listed * (
+            "SELECT name FROM known ORDER BY name"))
+
+
+class AccountsContractTest(BackendContract):
+    name, kind = "accounts", AccountsBackend
+    known = "Login: {:15}\t\t\tName: \nPlan:\nI am there.\n"
+    listed = time.strftime("Login  Name  Login Time\n"
+                           "alice        %b %e %R\nbob          %b %e %R\n",
+                           time.localtime(86400))
+    test_keeps_to_the_timeout: Any = None       # as of files
+
+    def setUp(self):
+        super().setUp()
+        self.system = System(self.folder)
+        for name in ("alice", "bob", "broken"):
+            path = self.system.add(name, plan="I am there.")
+            if name == "broken":
+                self.enter(leased(path))
+        self.system.log_in(*[(name, "tty1", "", 86400)
+                             for name in ("alice", "bob")])
+
+    def make_known(self, listed=False):
+        return self.system.make(self, show="plan login" if listed else "plan")
+
+
+del BackendContract, NamePatternContract    # run by their heirs only
 
 
 class NamePatternTest(unittest.TestCase):
@@ -6343,6 +6534,1178 @@ class WebBackendTest(BackendCase):
         self.assertEqual(out.splitlines(), [
             "'a\\n\\n\\xe9\\n'", "'OSError'", "'OSError'", "'\\u041f'",
             "'x\\n'", "'OSError'", "None", "safe OSError x"])
+
+
+# ---- files ------------------------------------------------------------------
+
+class FilesBackendTest(BackendCase):
+
+    def make_files(self, files=(), **options):
+        for name, text in dict(files).items():
+            write_file(self.folder, name, text)
+        return self.make(FilesBackend, directory=self.folder, **options)
+
+    def test_tries_the_name_as_typed_first_and_txt_last(self):
+        tries = ["Alice", "Alice.txt", "alice", "alice.txt"]
+        backend = self.make_files({name: name for name in tries})
+        for number, name in enumerate(tries):
+            self.assertEqual(self.ask(backend, "Alice"), name)
+            self.assertEqual(self.ask(backend, "alice"),
+                             tries[max(number, 2)])
+            os.remove(os.path.join(self.folder, name))
+        self.assertIsNone(self.ask(backend, "Alice"))
+
+    def test_knows_nobody_of_what_is_not_a_users_file(self):
+        backend = self.make_files({
+            ".hidden": "", "-l": "", "a b": "", "alice.txt": "",
+            "index.txt": "", ".txt": "", "x" * 65: "", "list": "",
+            "list.txt.txt": ""}, index="index.txt")
+        os.mkdir(os.path.join(self.folder, "sub"))
+        write_file(self.folder, "sub/file")
+        for name in (".hidden", "hidden", "-l", "a b", "alice.txt",
+                     "ALICE.TXT", "index", "Index", "index.txt", ".txt", "",
+                     "x" * 65, "list.txt", "sub/file", "sub", "./alice",
+                     self.folder + "/alice", "alice/", "\U00020000" * 64,
+                     "alice\0", "\udcff"):
+            with self.subTest(name):
+                self.assertIsNone(self.ask(backend, name))
+        self.assertEqual(self.ask(backend, "alice"), "")
+
+    def test_a_changed_file_is_seen_by_the_next_query(self):
+        backend = self.make_files({"alice": "old"})
+        self.assertEqual(self.ask(backend, "alice"), "old")
+        write_file(self.folder, "alice", "new")
+        self.assertEqual(self.ask(backend, "alice"), "new")
+        os.remove(os.path.join(self.folder, "alice"))
+        self.assertIsNone(self.ask(backend, "alice"))
+
+    def test_a_file_that_is_replaced_is_seen_whole(self):
+        texts = [letter * 79 + "\n" for letter in "ab"]
+        texts = [text * 3000 for text in texts]
+        backend = self.make_files({"alice": texts[0]})
+        done = threading.Event()
+
+        def replace():
+            for number in range(200):
+                path = write_file(self.folder, "new", texts[number % 2])
+                os.rename(path, os.path.join(self.folder, "alice"))
+            done.set()
+
+        def read():
+            seen = set()
+            while not done.is_set():
+                seen.add(self.ask(backend, "alice"))
+            return seen
+
+        seen = in_threads([replace, read, read])
+        self.assertEqual(seen[1] | seen[2] | set(texts), set(texts))
+
+    def test_a_directory_that_is_replaced_is_found(self):
+        for number in "12":
+            os.mkdir(os.path.join(self.folder, number))
+            write_file(self.folder, number + "/alice", number)
+        link = os.path.join(self.folder, "current")
+        os.symlink("1", link)
+        backend = self.make(FilesBackend, directory=link)
+        self.assertEqual(self.ask(backend, "alice"), "1")
+        os.symlink("2", link + "-new")
+        os.rename(link + "-new", link)
+        self.assertEqual(self.ask(backend, "alice"), "2")
+        os.remove(link)
+        self.assert_fails("no such file|No such file", self.ask, backend,
+                          "alice")
+
+    def make_odd(self):
+        """Make what is not a regular file; give the names."""
+        path = functools.partial(os.path.join, self.folder)
+        write_file(self.folder, ".secret", "secret")
+        os.mkfifo(path("fifo"))
+        os.mkdir(path("directory"))
+        os.symlink(".secret", path("link"))
+        os.symlink("nowhere", path("dangling"))
+        os.symlink("loop", path("loop"))
+        os.symlink("/dev/zero", path("zero"))
+        os.symlink("/dev/tty", path("tty"))
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(path("socket"))
+        names = ["fifo", "directory", "link", "dangling", "loop", "zero",
+                 "tty", "socket"]
+        with contextlib.suppress(PermissionError):      # for root only
+            os.mknod(path("device"), stat.S_IFCHR | 0o666, os.makedev(1, 5))
+            names.append("device")
+        return names
+
+    def test_only_a_regular_file_is_read_and_nothing_else_costs_time(self):
+        backend = self.make_files(list=True)
+        names = self.make_odd()
+        for name in names:
+            with self.subTest(name), self.takes(0, PROMPT):
+                self.assertIsNone(self.ask(backend, name))
+                write_file(self.folder, name + ".txt", "a file")
+                self.assertEqual(self.ask(backend, name), "a file")
+        with self.takes(0, PROMPT):
+            self.assertEqual(
+                backend.user_list(False, CLIENT, HANG).splitlines(),
+                [f"{name:9}  a file" for name in sorted(names)])
+
+    def test_is_text_whatever_is_in_it(self):
+        limit = fingerd_backends.MAX_FILE
+        table = (
+            (b"Gr\xc3\xbc\xc3\x9fe", "Gr\xfc\xdfe"), (b"", ""),
+            (b"\xff\xc3", "\\xff\\xc3"),
+            (b"x\n" * (limit // 2), "x\n" * (limit // 2)),
+            (b"x\n" * (limit // 2 + 1),
+             "x\n" * (limit // 2) + "[truncated]\n"))
+        backend = self.make_files()
+        for data, text in table:
+            with self.subTest(data[:9]):
+                write_file(self.folder, "alice", data)
+                self.assertEqual(self.ask(backend, "alice"), text)
+
+    def test_reads_no_more_of_a_file_without_end(self):
+        path = write_file(self.folder, "huge", "huge\n")
+        os.truncate(path, 1 << 40)
+        with self.takes(0, PROMPT):
+            text = self.ask(self.make_files(), "huge")
+        self.assertEqual(text, "huge\n[truncated]\n")
+
+    def test_makes_a_list_of_first_lines(self):
+        backend = self.make_files({
+            "bob": "Builder\nof things", "bob.txt": "not asked for",
+            "Alice.txt": "Liddell\n", "empty": "", "long": "x" * 5000,
+            ".hidden": "no", "b@c": "no", os.fsdecode(b"\xff"): "no"},
+            list=True)
+        self.assertEqual(
+            backend.user_list(False, CLIENT, HANG),
+            "Alice  Liddell\nbob    Builder\nempty  \nlong   "
+            + "x" * fingerd_backends.MAX_FIRST + "\n")
+        self.assert_fails("timed out", backend.user_list, False, CLIENT, 0,
+                          kind=TimeoutError)
+
+    def test_an_index_that_is_missing_is_a_failure(self):
+        backend = self.make_files(index="index")
+        self.assert_fails("index: is not a file in /", backend.user_list,
+                          False, CLIENT, HANG)
+        write_file(self.folder, "index", "Welcome")
+        self.assertEqual(backend.user_list(False, CLIENT, HANG), "Welcome")
+
+    def test_what_it_may_not_read_is_unknown(self):
+        path = write_file(self.folder, "alice", "secret")
+        os.chmod(path, 0)
+        os.chmod(self.folder, 0o711)    # it need not be readable
+        write_file(self.folder, "bob", "Bob")
+        backend = self.make_files()
+        with as_nobody():
+            self.assertIsNone(self.ask(backend, "alice"))
+            self.assertEqual(self.ask(backend, "bob"), "Bob")
+
+    def test_refuses_settings_that_cannot_be(self):
+        place = {"directory": "/srv"}
+        wrong = ("is not the name of a file in the directory;"
+                 " write e.g. index.txt")
+        self.assert_refused(FilesBackend, (
+            ({}, "directory: is empty; write e.g. /srv/finger"),
+            ({**place, "index": "a/b"}, f'index: "a/b" {wrong}'),
+            ({**place, "index": ".."}, f'index: ".." {wrong}'),
+            ({**place, "index": "a", "list": True},
+             "list: index answers the user list; leave one out"),
+            ({"index": "."}, "directory: is empty; write e.g. /srv/finger\n"
+             f'index: "." {wrong}')))
+
+    @needs_root
+    def test_is_found_inside_a_chroot(self):
+        with background("[server]\nbackend = files\n[files]\ndirectory ="
+                        " /texts\n", start=False) as program:
+            os.mkdir(os.path.join(program.directory, "texts"))
+            write_file(program.directory, "texts/alice", "Alice\n")
+            self.assertEqual(program.start("--chroot", program.directory),
+                             (0, "", ""))
+            self.assertEqual(ask(program.address, b"alice\r\n"),
+                             b"Alice\r\n")
+            write_file(program.directory, "texts/bob", "Bob\n")
+            self.assertEqual(ask(program.address, b"BOB\r\n"), b"Bob\r\n")
+
+    @needs_root
+    def test_a_file_system_that_hangs_delays_no_one_else(self):
+        path = write_file(self.folder, "slow", "at last\n")
+        clients = 1000 if raise_descriptors(2300) else 100
+        text = (f"[server]\nbackend = users files\n[files]\ndirectory ="
+                f" {self.folder}\n[limits]\nmax_clients_per_host = 2000\n"
+                "timeout = 2\n" + USERS)
+        with contextlib.ExitStack() as stack:
+            server = stack.enter_context(serving(text))
+            stack.enter_context(hanging(path))
+            socks = [stack.enter_context(connect(server.address))
+                     for _ in range(clients)]
+            for sock in socks:
+                sock.sendall(b"slow\r\n")
+            for _ in range(20):
+                with self.takes(0, 0.5 * PROMPT):
+                    self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+            for sock in socks:
+                self.assertEqual(read_all(sock), FAILED)
+
+
+# ---- sql --------------------------------------------------------------------
+
+PEOPLE = """
+    CREATE TABLE people (name TEXT PRIMARY KEY, text TEXT);
+    INSERT INTO people VALUES ('alice', 'I am alice.');
+    """
+
+
+class FakeDatabase(types.ModuleType):
+    """A DB-API 2 module whose server a test stops, and starts again."""
+
+    paramstyle = "pyformat"
+    threadsafety = 1
+
+    class Error(Exception):
+        pass
+
+    class OperationalError(Error):
+        pass
+
+    class ProgrammingError(Error):
+        pass
+
+    DataError = IntegrityError = NotSupportedError = ProgrammingError
+
+    def __init__(self):
+        super().__init__("fake_database")
+        self.connections = []       # that were made, each with its events
+        self.up = True
+        self.hold = threading.Event()
+        self.hold.set()
+
+    def connect(self, **words):
+        if not self.up:
+            raise self.OperationalError("the server is\nnot there")
+        self.connections.append(FakeConnection(self, words))
+        return self.connections[-1]
+
+    def restart(self):
+        """What is connected is so no longer."""
+        for connection in self.connections:
+            connection.alive = False
+
+    def open(self):
+        return [connection for connection in self.connections
+                if "close" not in connection.events]
+
+
+class FakeConnection:
+
+    def __init__(self, module, words):
+        self.module, self.words = module, words
+        self.alive, self.events = True, []
+
+    def cursor(self):
+        return FakeCursor(self)
+
+    def rollback(self):
+        self.events.append("rollback")
+
+    def close(self):
+        self.events.append("close")
+
+
+class FakeCursor:
+
+    description = (("text",),)
+
+    def __init__(self, connection):
+        self.connection = connection
+
+    def execute(self, query, *parameters):
+        module = self.connection.module
+        self.connection.events.append((query, *parameters))
+        if not module.hold.wait(HANG) or not self.connection.alive:
+            raise module.OperationalError("the connection is lost")
+        if parameters == (["typo"],):
+            raise module.ProgrammingError("there is a typo")
+
+    def fetchmany(self, number):
+        return [["I am here"]]
+
+    def close(self):
+        pass
+
+
+class SqlBackendTest(BackendCase):
+
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(gc.collect)     # an exception keeps its connection
+
+    def make_sql(self, script=PEOPLE, **options):
+        self.path = os.path.join(self.folder, "people.db")
+        make_database(self.path, script)
+        return self.make(SqlBackend, database=self.path, **options)
+
+    def make_query(self, query, **options):
+        if not os.path.exists(os.path.join(self.folder, "people.db")):
+            self.make_sql()
+        return self.make(SqlBackend, database=self.path, query=query,
+                         **options)
+
+    def make_fake(self, **options):
+        """Make a backend for a module that does what the test wants."""
+        module = FakeDatabase()
+        patch = mock.patch.dict(sys.modules, fake_database=module)
+        self.enter(patch)
+        options = {"query": "SELECT %s", **options}
+        return module, self.make(SqlBackend, module="fake_database", **options)
+
+    def test_the_name_is_a_parameter_whatever_is_in_it(self):
+        names = ["' OR '1'='1", "'; DROP TABLE people; --", '"', "%", "?", "_",
+                 "\\", "Gr\xfc\xdfe", "x" * 500]
+        backend = self.make_sql()
+        for name in names:
+            self.assertIsNone(self.ask(backend, name), name)
+        with contextlib.closing(sqlite3.connect(self.path)) as connection:
+            connection.executemany("INSERT INTO people VALUES (?, 'found')",
+                                   [[name] for name in names])
+            connection.commit()
+        for name in names:
+            self.assertEqual(self.ask(backend, name), "found\n", name)
+        self.assertEqual(self.ask(backend, "alice"), "I am alice.\n")
+
+    def test_makes_lines_of_rows_and_columns(self):
+        none = "SELECT text FROM people WHERE name = 'x' AND 'x' <> ?"
+        table = (
+            ("SELECT 'a', ?", "'a': a\n?: alice\n"),
+            ("SELECT 1 AS n, 2.5 AS x, NULL AS no, ? AS name",
+             "n: 1\nx: 2.5\nname: alice\n"),
+            ("SELECT ? UNION ALL SELECT 'b' UNION ALL SELECT NULL",
+             "alice\nb\n"),
+            ("SELECT 'a\n' || ? || '\n\n'", "a\nalice\n"),
+            ("SELECT '' WHERE 1 OR ?", "\n"),
+            ("SELECT X'47726fff' WHERE 1 OR ?", "Gro\\xff\n"),
+            ("SELECT CAST(X'47726fff' AS TEXT) WHERE 1 OR ?", "Gro\\xff\n"),
+            ("SELECT 'Gr\xfc\xdfe' AS \xe4 , ? AS n",
+             "\xe4: Gr\xfc\xdfe\nn: alice\n"),
+            ("SELECT NULL, NULL WHERE 1 OR ?", None), (none, None))
+        for query, text in table:
+            with self.subTest(query):
+                self.assertEqual(self.ask(self.make_query(query), "alice"),
+                                 text)
+
+    def test_a_list_may_be_empty_but_not_without_end(self):
+        backend = self.make_query("SELECT ?", list_query=(
+            "SELECT name FROM people WHERE name > 'x'"))
+        self.assertEqual(backend.user_list(False, CLIENT, HANG), "")
+        backend = self.make_query("SELECT ?", list_query=(
+            "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t)"
+            " SELECT 'x' FROM t"))
+        self.assertEqual(backend.user_list(False, CLIENT, HANG),
+                         "x\n" * fingerd_backends.MAX_ROWS)
+
+    def test_changes_nothing_and_makes_no_file(self):
+        for query in ("DELETE FROM people WHERE name = ?",
+                      "INSERT INTO people VALUES (?, 'x') RETURNING name",
+                      "CREATE TABLE t AS SELECT ?"):
+            with self.subTest(query):
+                self.assert_fails(".", self.ask, self.make_query(query),
+                                  "alice")
+        self.assertEqual(self.ask(self.make_query("SELECT text FROM people"
+                         " WHERE name = ?"), "alice"), "I am alice.\n")
+        missing = os.path.join(self.folder, "missing.db")
+        backend = self.make(SqlBackend, database=missing)
+        self.assert_fails("unable to open", self.ask, backend, "alice")
+        self.assertFalse(os.path.exists(missing))
+
+    def test_waits_for_a_busy_database_up_to_the_deadline(self):
+        backend = self.make_sql()
+        self.assertEqual(self.ask(backend, "alice"), "I am alice.\n")
+        with contextlib.closing(sqlite3.connect(
+                self.path, check_same_thread=False)) as writer:
+            writer.execute("BEGIN EXCLUSIVE")
+            with self.takes(0.3, 0.3 + PROMPT):
+                self.assert_fails("locked", self.ask, backend, "alice", False,
+                                  0.3, kind=TimeoutError)
+            timer = threading.Timer(0.2, writer.rollback)
+            timer.start()
+            with self.takes(0.1, PROMPT):
+                self.assertEqual(self.ask(backend, "alice"), "I am alice.\n")
+            timer.join()
+
+    def test_a_database_that_is_replaced_is_found(self):
+        backend = self.make_sql()
+        self.assertEqual(self.ask(backend, "alice"), "I am alice.\n")
+        new = os.path.join(self.folder, "new.db")
+        make_database(new, PEOPLE.replace("I am", "I was"))
+        os.rename(new, self.path)
+        self.assertEqual(self.ask(backend, "alice"), "I was alice.\n")
+        with contextlib.closing(sqlite3.connect(self.path)) as connection:
+            connection.execute("UPDATE people SET text = 'changed'")
+            connection.commit()
+        self.assertEqual(self.ask(backend, "alice"), "changed\n")
+
+    def test_gives_the_words_of_connect_to_another_module(self):
+        module, backend = self.make_fake(
+            connect="dbname=people port=5432 timeout=-1 host=::1 empty= p1=a'b"
+                    " password='1 2' quoted=\"7\"\n  options='-c a=b'")
+        self.assertEqual(self.ask(backend, "alice"), "I am here\n")
+        self.assertEqual([connection.words for connection
+                          in module.connections], [
+            {"dbname": "people", "port": 5432, "timeout": -1, "host": "::1",
+             "empty": "", "p1": "a'b", "password": "1 2", "quoted": "7",
+             "options": "-c a=b"}])
+        self.assertEqual(module.connections[0].events,
+                         [("SELECT %s", ["alice"]), "rollback"])
+
+    def test_a_list_query_has_no_parameter(self):
+        module, backend = self.make_fake(list_query="SELECT 'a%'")
+        self.assertEqual(backend.user_list(False, CLIENT, HANG), "I am here\n")
+        self.assertEqual(module.connections[0].events,
+                         [("SELECT 'a%'",), "rollback"])
+
+    def test_connects_again_when_the_server_has_been_away(self):
+        module, backend = self.make_fake()
+        module.hold.clear()
+        threading.Timer(0.2, module.hold.set).start()
+        self.assertEqual(set(in_threads(
+            [lambda: self.ask(backend, "alice")] * 5)), {"I am here\n"})
+        self.assertEqual(len(module.connections), 5)
+        module.restart()
+        module.up = False
+        self.assert_fails("OperationalError: the server is not there",
+                          self.ask, backend, "alice")
+        module.up = True
+        for _ in range(5):
+            self.assertEqual(self.ask(backend, "alice"), "I am here\n")
+        self.assertEqual(len(module.open()), 4)
+
+    def test_a_query_that_fails_is_tried_again_once_and_closes_both(self):
+        module, backend = self.make_fake()
+        self.assertEqual(self.ask(backend, "alice"), "I am here\n")
+        self.assert_fails("ProgrammingError: there is a typo", self.ask,
+                          backend, "typo")
+        self.assertEqual([connection.events for connection
+                          in module.connections], [
+            [("SELECT %s", ["alice"]), "rollback", ("SELECT %s", ["typo"]),
+             "close"], [("SELECT %s", ["typo"]), "close"]])
+
+    def test_has_no_more_connections_than_threads_also_late_ones(self):
+        module, backend = self.make_fake()
+        backend.limit_threads(3)
+        module.hold.clear()
+        asked = functools.partial(self.ask, backend, "alice")
+        late = [threading.Thread(target=asked) for _ in range(3)]
+        for thread in late:
+            thread.start()
+        wait_until(lambda: len(module.connections) == 3, "three connections")
+        with self.takes(0.1, PROMPT):
+            self.assert_fails("all connections are in use", self.ask, backend,
+                              "alice", False, 0.1, kind=TimeoutError)
+        module.hold.set()
+        self.assertEqual(set(in_threads([asked] * 9)), {"I am here\n"})
+        for thread in late:
+            thread.join(HANG)
+        self.assertEqual(len(module.connections), 3)
+        del backend, asked, late, thread
+        gc.collect()
+        self.assertEqual(module.open(), [])
+
+    def test_the_server_bounds_it_by_max_threads(self):
+        text = ("[server]\nbackend = sql\n[limits]\nmax_threads = 7\n[sql]\n"
+                "database = /srv/people.db\n")
+        config = read_config(text)
+        fingerd.Answers(config, fingerd.Log())
+        places = config.backends[0][1].places
+        self.assertEqual([places.acquire(blocking=False) for _ in range(8)],
+                         [True] * 7 + [False])
+
+    def test_refuses_settings_that_cannot_be(self):
+        for name in ("fake_database", "unsafe", "odd"):
+            self.enter(mock.patch.dict(sys.modules, {name: FakeDatabase()}))
+        sys.modules["unsafe"].threadsafety = 0
+        sys.modules["odd"].paramstyle = "odd"
+        once = "once; write it where the name goes, and nowhere else"
+        place = {"database": "/srv/people.db"}
+        fake = {"module": "fake_database", "query": "SELECT %s"}
+        words = ("connect: is not made of name=value words; write e.g."
+                 " dbname=people password='with spaces'")
+        self.assert_refused(SqlBackend, (
+            ({}, "database: is empty; write e.g. /srv/people.db"),
+            ({**place, "connect": "a=b"},
+             "connect: is for other modules; write database"),
+            ({**fake, **place},
+             "database: is for module = sqlite3; write connect"),
+            *(({**fake, "connect": text}, words) for text in (
+                "people", "a=b secret", "=b", "a='b", "a='b'c", "1=2")),
+            *(({**place, "query": text}, f"query: does not have ? {once}")
+              for text in ("SELECT 1", "SELECT ?, ?")),
+            ({**fake, "query": "SELECT ?", "list_query": "SELECT %s"},
+             f"query: does not have %s {once}\nlist_query: has %s, but a list"
+             " has no name; leave it out"),
+            *(({"module": name}, f'module: "{name}" cannot be used ({reason});'
+               " install a DB-API 2 module, or write sqlite3")
+              for name, reason in (
+                ("no_such_module", "No module named 'no_such_module'"),
+                ("", "Empty module name"),
+                ("os", "module 'os' has no attribute 'threadsafety'"),
+                ("odd", "'odd'"), ("unsafe", "threads may not use it")))))
+
+    @needs_root
+    def test_is_found_inside_a_chroot(self):
+        self.make_sql()
+        with background("[server]\nbackend = sql\n[sql]\ndatabase = /people.db"
+                        "\n", start=False) as program:
+            shutil.copy(os.path.join(self.folder, "people.db"),
+                        program.directory)
+            self.assertEqual(program.start("--chroot", program.directory),
+                             (0, "", ""))
+            self.assertEqual(ask(program.address, b"alice\r\n"),
+                             b"I am alice.\r\n")
+            self.assertEqual(ask(program.address, b"bob\r\n"), UNKNOWN)
+
+
+def find_postgres():
+    """Find the programs of a PostgreSQL server, the newest there is."""
+    found = glob.glob("/usr/lib/postgresql/*/bin/postgres")
+    found += filter(None, [shutil.which("postgres")])
+    return os.path.dirname(found[0]) if found else None
+
+
+POSTGRES = find_postgres()
+DRIVERS = {     # module, and its connect for our server
+    "psycopg": "host=127.0.0.1 port={} user=tester dbname=postgres",
+    "psycopg2": "host=127.0.0.1 port={} user=tester dbname=postgres",
+    "pg8000.dbapi": "host=127.0.0.1 port={} user=tester database=postgres",
+}
+DRIVERS = {name: words for name, words in DRIVERS.items()
+           if importlib.util.find_spec(name.partition(".")[0])}
+
+
+class Postgres:
+    """A PostgreSQL server of the test's own, which may be killed."""
+
+    def __init__(self, folder):
+        self.data = os.path.join(folder, "data")
+        self.as_user = []
+        if os.geteuid() == 0:       # it refuses to be run by root
+            shutil.chown(folder, "postgres")
+            self.as_user = ["setpriv", "--reuid=postgres", "--regid=postgres",
+                            "--clear-groups"]
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            self.port = sock.getsockname()[1]
+        self.run("initdb", "-A", "trust", "-U", "tester", "--no-sync",
+                 "--no-locale", "-E", "UTF8", "-D", self.data)
+        self.start()
+
+    def run(self, program, *args):
+        subprocess.run([*self.as_user, os.path.join(POSTGRES, program), *args],
+                       check=True, capture_output=True, cwd="/")
+
+    def start(self):
+        """Start it, once what is left of one that was killed has ended."""
+        def started():
+            self.process = subprocess.Popen(
+                [*self.as_user, os.path.join(POSTGRES, "postgres"), "-F",
+                 "-D", self.data, "-k", self.data, "-p", str(self.port),
+                 "-c", "listen_addresses=127.0.0.1"], cwd="/",
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            while self.process.poll() is None:
+                with contextlib.suppress(OSError):
+                    self.run_sql("SELECT 1")
+                    return True
+            return False
+        wait_until(started, "PostgreSQL")
+
+    def run_sql(self, text):
+        try:
+            self.run("psql", "-q", "-h", "127.0.0.1", "-p", str(self.port),
+                     "-U", "tester", "-d", "postgres", "-c", text)
+        except subprocess.CalledProcessError as error:
+            raise OSError(error.stderr) from None
+
+    def end(self, number):
+        self.process.send_signal(number)
+        self.process.wait(HANG)
+
+
+@unittest.skipUnless(POSTGRES, "no PostgreSQL server is installed")
+@unittest.skipUnless(DRIVERS, "no Python module for PostgreSQL is installed")
+class PostgresTest(BackendCase):
+    """With a real server, and each module for it that is installed."""
+
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.mkdtemp(prefix="fingerd-test-")
+        cls.addClassCleanup(shutil.rmtree, folder)
+        cls.postgres = Postgres(folder)
+        cls.addClassCleanup(lambda: cls.postgres.end(signal.SIGQUIT))
+        cls.postgres.run_sql("""
+            CREATE TABLE people (name text PRIMARY KEY, text text);
+            INSERT INTO people VALUES ('carol', 'I am Carol.');
+            CREATE VIEW known AS SELECT * FROM people
+                UNION ALL SELECT 'broken', (1 / (random() * 0)::int)::text;
+            """)
+
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(gc.collect)
+        # pg8000 does not close what the server has closed.
+        self.enter(mock.patch.object(sys, "warnoptions", []))
+
+    def options(self, driver, **options):
+        return {"module": driver,
+                "connect": DRIVERS[driver].format(self.postgres.port),
+                "query": "SELECT text FROM people WHERE name = %s", **options}
+
+    def daemon(self, driver, timeout=HANG):
+        lines = [f"{name} = {value}" for name, value
+                 in self.options(driver).items()]
+        return daemon("[server]\nbackend = users sql\n[limits]\ntimeout ="
+                      f" {timeout}\n[sql]\n" + "\n".join(lines) + USERS)
+
+    def test_answers_and_fails_as_every_backend(self):
+        for driver in DRIVERS:
+            with self.subTest(driver):
+                backend = self.make(SqlBackend, **self.options(
+                    driver, query="SELECT text FROM known WHERE name = %s",
+                    list_query="SELECT name, 1 AS n FROM people"))
+                for name in ("' OR ''='", "%", "%s", "Gr\xfc\xdfe", "bob"):
+                    self.assertIsNone(self.ask(backend, name))
+                results = in_threads([
+                    lambda: self.ask(backend, "carol"),
+                    lambda: self.ask(backend, "broken"),
+                    lambda: backend.user_list(False, CLIENT, HANG)] * 4)
+                self.assertEqual(results[::3], ["I am Carol.\n"] * 4)
+                self.assertEqual(results[2::3], ["name: carol\nn: 1\n"] * 4)
+                for error in results[1::3]:
+                    self.assertIs(type(error).__module__, "builtins")
+                    self.assertIn("division by zero", str(error))
+
+    def test_leaves_nothing_behind_in_the_database(self):
+        for driver in DRIVERS:
+            with self.subTest(driver):
+                backend = self.make(SqlBackend, **self.options(
+                    driver, query="INSERT INTO people VALUES (%s, 'x')"
+                    " RETURNING 'inserted'"))
+                for _ in range(3):
+                    self.assertEqual(self.ask(backend, "eve"), "inserted\n")
+                with self.daemon(driver) as server:
+                    self.assertEqual(ask(server.address, b"eve\r\n"), UNKNOWN)
+
+    def test_the_deadline_holds_while_it_hangs(self):
+        for driver in DRIVERS:
+            with self.subTest(driver), self.daemon(driver, 1) as server:
+                lock = subprocess.Popen(
+                    [os.path.join(POSTGRES, "psql"), "-h", "127.0.0.1", "-p",
+                     str(self.postgres.port), "-U", "tester", "postgres"],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                    bufsize=1)
+                lock.stdin.write("BEGIN; LOCK people; SELECT 'locked';\n")
+                while "locked" not in lock.stdout.readline():
+                    pass
+                with self.takes(1, 1 + PROMPT):
+                    self.assertEqual(ask(server.address, b"carol\r\n"), FAILED)
+                self.assertEqual(ask(server.address, b"moshez\r\n"), HAPPY)
+                lock.communicate("ROLLBACK;\n", HANG)
+                self.assertEqual(ask(server.address, b"carol\r\n"),
+                                 b"I am Carol.\r\n")
+
+    def test_the_first_query_after_it_was_killed_is_answered(self):
+        for driver, number in itertools.product(
+                DRIVERS, (signal.SIGINT, signal.SIGKILL)):
+            with self.subTest(driver, number=number), \
+                    self.daemon(driver) as server:
+                replies: set[bytes] = set()
+                done = threading.Event()
+
+                def ask_on(server=server, replies=replies, done=done):
+                    while not done.is_set():
+                        replies.add(ask(server.address, b"carol\r\n"))
+
+                def kill(number=number, server=server, done=done):
+                    ask(server.address, b"carol\r\n")
+                    self.postgres.end(number)
+                    failed = ask(server.address, b"carol\r\n")
+                    self.postgres.start()
+                    answers = [ask(server.address, b"carol\r\n")
+                               for _ in range(20)]
+                    done.set()
+                    return failed, set(answers)
+
+                known = b"I am Carol.\r\n"
+                results = in_threads([kill] + [ask_on] * 8)
+                self.assertEqual(results, [(FAILED, {known}), *[None] * 8])
+                self.assertEqual(replies, {known, FAILED})
+
+
+# ---- accounts ---------------------------------------------------------------
+
+ALL_ITEMS = " ".join(fingerd_backends.ITEMS)
+NOW = int(time.time())
+DAY = 86400
+HALF_YEAR = 365 * DAY // 2
+
+
+class AccountsBackendTest(BackendCase):
+
+    def setUp(self):
+        super().setUp()
+        os.chmod(self.folder, 0o755)        # for nobody
+        self.system = System(self.folder)
+
+    def plan(self, backend, user="alice"):
+        """Give what is shown as the plan of a user, all else left out."""
+        return self.ask(backend, user).split("Name: \n", 1)[1]
+
+    def test_shows_each_item_by_itself(self):
+        self.system.add("alice", "Alice,Room 1,5551234,x", plan="Sleep\n",
+                        project="Dream\nmore\n", pgpkey="KEY",
+                        forward="a@example.org\n")
+        self.system.log_in(("alice", "no-tty", "host.example", DAY))
+        os.mkdir(os.path.join(self.folder, "mail"))
+        home = self.system.entries["alice"].pw_dir
+        since = time.strftime("%a %b %e %R (%Z)", time.localtime(DAY))
+        table = {
+            "home": f"Directory: {home}\n", "shell": "Shell: /bin/sh\n",
+            "home shell": f"Directory: {home}\tShell: /bin/sh\n",
+            "office": "Office: Room 1\n",
+            "phone": "Office Phone: 555-1234\t\t\tHome Phone: x\n",
+            "office phone": "Office: Room 1, 555-1234\t\tHome Phone: x\n",
+            "login": f"On since {since} on no-tty\n", "from": "", "idle": "",
+            "login from": f"On since {since} on no-tty from host.example\n",
+            "login idle": f"On since {since} on no-tty (messages off)\n",
+            "mail": "No mail.\n", "forward": "Mail forwarded to"
+            " a@example.org\n", "project": "Project:\nDream\nmore\n",
+            "plan": "Plan:\nSleep\n", "pgpkey": "PGP key:\nKEY\n", "": "",
+            "plan project pgpkey":
+                "PGP key:\nKEY\nProject:\nDream\nmore\nPlan:\nSleep\n"}
+        for show, text in table.items():
+            with self.subTest(show):
+                self.assertEqual(
+                    self.ask(self.system.make(self, show=show), "alice"),
+                    "Login: alice          \t\t\tName: Alice\n" + text)
+        for row in fingerd_backends.ITEMS:
+            self.assertIn(row, table)
+
+    def test_shows_by_default_what_users_have_written_to_be_shown(self):
+        self.system.add("alice", "Alice,Room,1,2", plan="Sleep\n",
+                        forward="secret")
+        self.assertEqual(
+            self.ask(self.system.make(self), "ALICE"),
+            "Login: alice          \t\t\tName: Alice\nPlan:\nSleep\n")
+        uid = pwd.getpwnam("root").pw_uid
+        self.assertNotIn(uid, self.make(AccountsBackend).uids)
+        self.assertIn(1000, self.make(AccountsBackend).uids)
+        self.assertNotIn(65534, self.make(AccountsBackend).uids)
+
+    def test_shows_more_to_local_clients(self):
+        self.system.add("alice")
+        networks = fingerd.KINDS["networks"]("192.0.2.0/24 ::1")
+        backend = self.system.make(self, show="", show_local="shell plan",
+                                   local=networks)
+        for client, local in (("192.0.2.7", True), ("192.0.3.7", False),
+                              ("::1", True), ("::2", False)):
+            with self.subTest(client):
+                text = backend.lookup("alice", False, client, HANG)
+                self.assertEqual("Shell" in text, local)
+                self.assertEqual("Plan" in text, local)
+
+    def test_utf_8_stays_utf_8(self):
+        self.system.add("alice", "Gr\xfc\xdfe & \udcff", plan="\xdf\u65e5\n")
+        self.assertEqual(
+            self.ask(self.system.make(self), "alice"),
+            "Login: alice          \t\t\tName: Gr\xfc\xdfe Alice \\xff\n"
+            "Plan:\n\xdf\u65e5\n")
+        out = run_python(self, """\
+            import os, pwd, sys
+            import fingerd_backends
+            # As pwd decodes it where the locale is of another encoding.
+            sys.getfilesystemencoding = lambda: "latin-1"
+            gecos = os.fsdecode("Gr\\xfc\\xdfe".encode())
+            entry = pwd.struct_passwd(("a", "x", 1, 1, gecos, "/", ""))
+            print(ascii(fingerd_backends.split_gecos(entry)[0]))
+            """)
+        self.assertEqual(out, "'Gr\\xfc\\xdfe'\n")
+
+    # Hidden, system, and unknown.
+
+    def make_hidden(self):
+        """Make accounts that nobody may see; give names, and options."""
+        add = self.system.add
+        add("alice", plan="seen")
+        add("file", plan="hidden", nofinger="")
+        os.symlink("nowhere", os.path.join(add("link", plan="hidden")[:-5],
+                                           ".nofinger"))
+        os.mkdir(os.path.join(add("dir", plan="hidden")[:-5], ".nofinger"))
+        add("closed", plan="hidden")
+        os.chmod(os.path.join(self.folder, "closed"), 0o700 - 0o100)
+        add("gone")
+        os.rmdir(os.path.join(self.folder, "gone"))
+        add("nohome")
+        os.rmdir(os.path.join(self.folder, "nohome"))
+        write_file(self.folder, "nohome", "a file")
+        add("system", plan="hidden", uid=os.getuid() + 1)
+        return ["file", "link", "dir", "closed", "gone", "nohome", "system",
+                "unknown", "a b", "-l", "../alice"]
+
+    def test_hidden_system_and_unknown_get_the_same_after_the_same_time(self):
+        names = self.make_hidden()
+        backend = self.system.make(self, show=ALL_ITEMS)
+        with as_nobody():
+            self.assertIn("seen", self.ask(backend, "alice"))
+            for name in names:
+                with self.subTest(name), self.takes(0.02, 0.02 + PROMPT):
+                    self.assertIsNone(self.ask(backend, name))
+            with self.takes(0, 0.01 + PROMPT):      # there is no more time
+                self.assertIsNone(self.ask(backend, "unknown", False, 0.01))
+
+    def test_opting_in_takes_a_plan_of_ones_own(self):
+        self.system.add("alice", plan="")
+        self.system.add("bob", project="none")
+        self.system.add("carol")
+        os.mkfifo(os.path.join(self.folder, "carol", ".plan"))
+        backend = self.system.make(self, opt_in=True, show="")
+        self.assertIn("alice", self.ask(backend, "alice"))
+        self.assertIsNone(self.ask(backend, "bob"))
+        self.assertIsNone(self.ask(backend, "carol"))
+
+    def test_a_home_that_may_only_be_searched_is_looked_into(self):
+        os.chmod(os.path.dirname(self.system.add("alice", plan="seen")), 0o711)
+        with as_nobody():
+            self.assertIn("seen", self.ask(self.system.make(self), "alice"))
+
+    def test_believes_no_file_but_a_regular_one_of_the_user(self):
+        secret = write_file(self.folder, "secret", "secret")
+        made: dict[str, Any] = {
+            "fifo": os.mkfifo, "directory": os.mkdir,
+            "link": functools.partial(os.symlink, secret),
+            "loop": functools.partial(os.symlink, ".plan"),
+            "zero": functools.partial(os.symlink, "/dev/zero")}
+        backend = self.system.make(self, show="plan")
+        for name, make in made.items():
+            self.system.add(name)
+            make(os.path.join(self.folder, name, ".plan"))
+            with self.subTest(name), self.takes(0, PROMPT):
+                self.assertEqual(self.plan(backend, name), "No Plan.\n")
+        # A hard link to the file of another.
+        self.system.add("eve", uid=os.getuid() + 1)
+        os.link(secret, os.path.join(self.folder, "eve", ".plan"))
+        backend = self.system.make(
+            self, show="plan", uids=f"{os.getuid() + 1}-{os.getuid() + 1}")
+        self.assertEqual(self.plan(backend, "eve"), "No Plan.\n")
+
+    def test_a_closed_plan_is_not_there(self):
+        os.chmod(self.system.add("alice", plan="secret"), 0)
+        with as_nobody():
+            self.assertEqual(self.plan(self.system.make(self)), "No Plan.\n")
+
+    def test_a_plan_without_end_is_cut(self):
+        os.truncate(self.system.add("alice", plan="long\n"), 1 << 40)
+        with self.takes(0, PROMPT):
+            self.assertEqual(self.plan(self.system.make(self)),
+                             "Plan:\nlong\n[truncated]\n")
+
+    # Logins.
+
+    def test_leaves_out_what_the_system_does_not_keep(self):
+        self.system.add("alice")
+        backend = self.system.make(self, show="login from idle")
+        self.assertEqual(self.plan(backend), "")
+        write_file(self.folder, "utmp", b"torn")
+        self.assertEqual(self.plan(backend), "")
+        write_file(self.folder, "lastlog", b"torn")
+        self.assertEqual(self.plan(backend), "Never logged in.\n")
+        os.chmod(os.path.join(self.folder, "lastlog"), 0)
+        with as_nobody():
+            self.assertEqual(self.plan(backend), "")
+
+    def test_lists_who_is_logged_in_and_not_hidden(self):
+        backend = self.system.make(self, show="login")
+        self.assertEqual(backend.user_list(False, CLIENT, HANG),
+                         "No one logged on.\n")
+        self.make_hidden()
+        self.system.add("bob", "Bob Builder,Room 1")
+        self.system.log_in(
+            *[(name, "tty1", "", NOW) for name in self.system.entries],
+            ("bob", "tty2", "host", DAY), ("ghost", "tty3", "", NOW),
+            ("", "tty4", "", NOW), ("bob", "tty5", "", NOW, 8))
+        with as_nobody():
+            text = backend.user_list(False, CLIENT, HANG)
+        first, *rows = text.splitlines()
+        # As rogallo 3.2 knows a list, and the names in it.
+        self.assertRegex(first, r"^Login\s+Name\s+Login Time\s*$")
+        self.assertEqual(
+            [re.fullmatch(r"(\S+)\s{2,}.*", row)[1] for row in rows],
+            ["alice", "bob", "bob"])
+        self.assertEqual(
+            [re.sub(" +", " ", row) for row in rows],
+            [re.sub(" +", " ", time.strftime(text, time.localtime(since)))
+             for text, since in (("alice %b %e %R", NOW),
+                                 ("bob Bob Builder %b %e %R", DAY),
+                                 ("bob Bob Builder %b %e %R", NOW))])
+
+    # Full names.
+
+    def test_looks_among_full_names_only_when_told_so(self):
+        names = [f"user{number}" for number in range(10)]
+        for name in names:
+            self.system.add(name, "John Public,Room John")
+        self.system.add("john", "J. Doe")
+        self.system.add("daemon", "John", uid=os.getuid() + 1)
+        self.system.add("ghost", "John Ghost", nofinger="")
+        backend = self.system.make(self, show="")
+        self.assertEqual(self.ask(backend, "john").count("Login:"), 1)
+        self.assertIsNone(self.ask(backend, "public"))
+        self.assertEqual(self.system.walks, 0)
+        backend = self.system.make(self, show="", match_names=True)
+        self.assertEqual(
+            re.findall(r"Login: (\w+)", self.ask(backend, "JOHN")),
+            ["john", *names[:8]])
+        for name in ("joh", "j", "room", "public,", "ghost", "daemon", "&"):
+            with self.subTest(name):
+                self.assertIsNone(self.ask(backend, name))
+        self.assertIn("\n\nLogin: user1 ", self.ask(backend, "public"))
+        in_threads([lambda: self.ask(backend, "doe")] * 8)
+        self.assertLessEqual(self.system.walks, 2)      # one a minute
+
+    # Settings.
+
+    def test_refuses_settings_that_cannot_be(self):
+        items = "cannot be shown; write some of " + ALL_ITEMS
+        uids = "is not a range of numbers; write e.g. 1000-59999"
+        self.assert_refused(AccountsBackend, (
+            ({"show": "plan all"}, f'show: "all" {items}'),
+            ({"show": "a b", "show_local": "Plan", "local": "x"},
+             f'show: "a" {items}\nshow: "b" {items}\n'
+             f'show_local: "Plan" {items}'),
+            ({"show_local": "home"},
+             "show_local: is for nobody; write local = 127.0.0.0/8 ::1"),
+            *(({"uids": text}, f'uids: "{text}" {uids}')
+              for text in ("", "1000", "a-b", "1-2-3", "-5", "1-99999999999")),
+            ({"hide_file": ""}, "hide_file: is empty; write e.g. .nofinger")))
+
+    def test_refuses_a_chroot(self):
+        with config_file("[server]\nbackend = accounts\n[daemon]\nchroot ="
+                         " /tmp\n") as path:
+            status, out, err = run_fingerd("--config", path, "--check")
+        self.assertEqual((status, out), (2, ""))
+        self.assertIn("chroot: hides the accounts; leave it out, or take"
+                      " accounts out of backend\n", err)
+
+
+class RealFingerTest(BackendCase):
+    """Beside Debian's finger, in a chroot with accounts of every kind."""
+
+    TZ = "CET-1CEST,M3.5.0,M10.5.0/3"
+    PEOPLE = {      # full name and so on, and files in the home
+        "u01": ("Alice Liddell", {"plan": "Multi\nline\nplan\n"}),
+        "u02": ("", {"plan": "no newline"}),
+        "u03": ("Bob,Room 5,5551234,5556789", {"plan": ""}),
+        "u04": ("& Smith,R & D,12345,1234", {"project": "one\ntwo\n"}),
+        "u05": ("*Star,,,12345678901",
+                {"pgpkey": "KEY\n", "project": "p", "plan": "x\n\n"}),
+        "u06": ("Name,,555", {"forward": "other@example.org\n"}),
+        "u07": ("Name,,,home", {"forward": "a\nb"}),
+        "u08": (",office only", {"plan": "tab\tESC \x1b[2J DEL \x7f\n"}),
+        "u09": ("Name,Off,+49 30 1234,1234567890,other", {}),
+        "u10": ("&&& x&", {"project": "", "pgpkey": "\n"}),
+        "u11": (" lead, space ,1 2, 3 ", {}),
+        "u12": ("Office,An office that has a very very long name indeed,"
+                "1234567,7654321", {}),
+        "u13": ("X,123456789012345678901234567890,1234567", {}),
+        "u14": ("*", {}), "u15": ("N,o,123456,12345678", {}),
+        "u16": ("tab\there", {}), "u17": (",,,", {}),
+        "u18": ("N,,5551234567", {}),
+        "u19": ("N,of 22 characters here,123456789", {}),
+        "u20": ("N,of 23 characters here.,12345678,1", {}),
+        "averyveryverylongname21": ("Long Login", {}),
+    }
+    TTYS = {        # seconds idle, and mode
+        "tty1": (3700, 0o620), "pts/0": (-100, 0o600), "tty22": (-100, 0o620),
+        "pts/1": (3 * 90000, 0o620), "pts/2": (65, 0o600),
+        "pts/3": (400 * DAY + 5, 0o620), "pts/4": (365 * DAY + 65, 0o622),
+    }
+    UTMP = (        # user, terminal, host, seconds ago, and kind
+        ("u01", "tty1", "", DAY), ("u01", "pts/0", "host.example.org", 100),
+        ("u01", "pts/1", "192.0.2.1", 300 * DAY), ("u03", "pts/2", "", 50),
+        ("u03", ":0", ":0", 5000), ("u05", "pts/99", "", 60),
+        ("u06", "pts/2", "", 60, 8), ("", "pts/2", "", 0),
+        ("averyveryverylongname21", "pts/3", "long.host." * 9, 60),
+        ("u07", "pts/1", "h", 200 * DAY), ("u08", "tty22", "", 5),
+        ("u09", "pts/4", "x", 400 * DAY))
+    LASTLOG = {     # terminal, host, seconds ago
+        "u01": ("tty1", "", 50), "u02": ("pts/7", "x.org", 2 * DAY),
+        "u03": ("pts/8", "later", 10), "u04": ("tty9", "", 190 * DAY),
+        "u07": ("pts/4", "foo", 100 * DAY), "u09": ("a", "b", 401 * DAY),
+        "u10": ("pts/4", "", HALF_YEAR - 60), "u11": ("x", "", HALF_YEAR + 60)}
+    MAIL = {        # bytes, and seconds ago that it was read and that it came
+        "u01": (5, 100, 50), "u02": (0, 1, 1), "u03": (5, 50, 100),
+        "u04": (5, 300 * DAY, 299 * DAY), "u05": (5, 77, 77)}
+
+    def setUp(self):
+        super().setUp()
+        self.root = os.path.join(self.folder, "root")
+        program: Any = shutil.which("finger")
+        libraries = re.findall(r"/\S+", subprocess.run(
+            ["ldd", program], capture_output=True, text=True).stdout)
+        for path in (program, *libraries):
+            os.makedirs(os.path.dirname(self.root + path), exist_ok=True)
+            shutil.copy(path, self.root + path)
+        for path in ("etc", "home", "var/run", "var/log", "var/mail",
+                     "dev/pts"):
+            os.makedirs(os.path.join(self.root, path), exist_ok=True)
+        os.chmod(self.folder, 0o755)
+        self.make_accounts()
+        self.make_logins()
+
+    def make_accounts(self):
+        lines = ["root:x:0:0:root:/root:/bin/sh"]
+        for uid, (name, (gecos, files)) in enumerate(self.PEOPLE.items(),
+                                                     1000):
+            home = os.path.join(self.root, "home", name)
+            os.mkdir(home)
+            for file, text in files.items():
+                os.chown(write_file(home, "." + file, text), uid, uid)
+            os.chmod(home, 0o711)
+            shell = "/usr/local/bin/rc" if uid % 3 else ""
+            lines.append(f"{name}:x:{uid}:1000:{gecos}:/home/{name}:{shell}")
+        write_file(self.root, "etc/passwd", "\n".join(lines) + "\n")
+        for name, (size, read, came) in self.MAIL.items():
+            path = write_file(self.root, "var/mail/" + name, "x" * size)
+            os.utime(path, (NOW - read, NOW - came))
+            os.chmod(path, 0o600)
+
+    def make_logins(self):
+        write_file(self.root, "var/run/utmp", b"".join(
+            pack_utmp(name, tty, host, NOW - ago, *kind)
+            for name, tty, host, ago, *kind in self.UTMP))
+        layout = fingerd_backends.LASTLOG
+        uids = {name: 1000 + n for n, name in enumerate(self.PEOPLE)}
+        with open(os.path.join(self.root, "var/log/lastlog"), "wb") as file:
+            for name, (tty, host, ago) in self.LASTLOG.items():
+                file.seek(uids[name] * layout.size)
+                file.write(layout.pack(NOW - ago, tty.encode(),
+                                       host.encode()))
+        for tty, (idle, mode) in self.TTYS.items():
+            path = write_file(self.root, "dev/" + tty)
+            os.utime(path, (NOW - idle, NOW - idle))
+            os.chmod(path, mode)
+
+    def finger(self, name):
+        chroot: Any = shutil.which("chroot", path="/usr/sbin:/usr/bin")
+        program: Any = shutil.which("finger")
+        return subprocess.run(
+            [chroot, self.root, program, "-l", "--", name],
+            stdin=subprocess.DEVNULL, capture_output=True, timeout=HANG,
+            env={"TZ": self.TZ, "LC_ALL": "C"}).stdout
+
+    def answers(self, **options):
+        """Give what the backend says of each, asked by nobody in there."""
+        options = {**defaults(AccountsBackend), **options}
+        self.enter(mock.patch.dict(os.environ, TZ=self.TZ))
+        return json.loads(run_python(self, """\
+            import json, os, sys
+            import fingerd_backends
+            root, options, nobody, *names = sys.argv[1:]
+            os.chroot(root)
+            os.chdir("/")
+            os.setgid(int(nobody))
+            os.setuid(int(nobody))
+            backend = fingerd_backends.AccountsBackend(
+                json.loads(options), print)
+            print(json.dumps([backend.lookup(name, False, "", 10)
+                              for name in names]))
+            """, self.root, json.dumps(options), "65534", *self.PEOPLE))
+
+    @needs_root
+    @needs("finger")
+    def test_says_the_same_byte_for_byte(self):
+        def seconds(text):      # they pass while we ask
+            return re.sub(rb"\d+ seconds", b"N seconds", text)
+        answers = self.answers(show=ALL_ITEMS)
+        for name, answer in zip(self.PEOPLE, answers):
+            text = self.finger(name).replace(b"\n", b"\r\n")
+            with self.subTest(name):
+                self.assertIn(b"Name: ", text)
+                self.assertEqual(seconds(fingerd.to_wire(answer)),
+                                 seconds(text))
+        self.assertGreater(len(self.PEOPLE), 20)
+
+
+# ---- Aliases ----------------------------------------------------------------
+
+class AliasesTest(unittest.TestCase):
+
+    NAMES = """
+[aliases]
+sales = bob Carol
+Staff = sales
+    moshez nobody
+short = moshez
+bob2 = bob bob
+[users]
+bob = Bob
+carol = Carol
+staff = hidden by the alias
+"""
+
+    def test_answers_for_each_name_behind_an_alias(self):
+        happy = "Happy and well\n"
+        table = {
+            "sales": "Bob\n\nCarol\n", "SALES": "Bob\n\nCarol\n",
+            "staff": "Bob\n\nCarol\n\n" + happy + "\nNo such user\n",
+            "short": happy, "bob2": "Bob\n\nBob\n", "bob": "Bob\n",
+            "/W short bob": happy + "\nBob\n", "": "bob    Bob\ncarol  Carol"
+            "\nstaff  hidden by the alias\nmoshez Happy and well\n",
+            "staff Staff": "\n".join(["Bob\n", "Carol\n", happy,
+                                      "No such user\n"] * 2),
+            "staff staff bob": "Malformed query\n"}
+        text = "[server]\nuser_list = yes\n" + self.NAMES
+        with serving(text + "moshez = Happy and well\n") as server:
+            for line, reply in table.items():
+                with self.subTest(line):
+                    got = server.ask(line.encode() + b"\r\n").decode()
+                    if line:
+                        self.assertEqual(got, reply.replace("\n", "\r\n"))
+                    else:
+                        self.assertEqual(re.findall(r"(?m)^\w+", got),
+                                         re.findall(r"(?m)^\w+", reply))
+
+    def test_every_backend_is_asked_for_the_names(self):
+        asked: list[str] = []
+
+        def answer(user, timeout):
+            asked.append(user)
+            return user
+        backend = ("slow", TestBackend(answer))
+        with serving("[aliases]\nrota = Alice bob:x\n", [backend]) as server:
+            self.assertEqual(server.ask(b"ROTA\r\n"),
+                             b"Alice\r\n\r\nbob:x\r\n")
+            server.wait_log('q="ROTA" outcome=answered backend=slow')
+        self.assertEqual(asked, ["Alice", "bob:x"])
+
+    def test_refuses_aliases_that_cannot_be(self):
+        wrong = "does not stand for 1 to 8 names; write these, without @"
+        circle = "is a circle, or too long a chain"
+        chain = "".join(f"a{n} = a{n + 1}\n" for n in range(2000))
+        table = (
+            ("alice = alice bob", f":2: alice: {circle} (alice = alice)"),
+            ("A = b\nb = C\nc = a", f":2: a: {circle} (a = b = c = a)"),
+            ("A = b\nb = C\nc = a", f":4: c: {circle} (c = a = b = c)"),
+            ("x = y\ny = y", f":2: x: {circle} (x = y = y); cut it"),
+            ("x =", f":2: x: {wrong}"), ("x = a@b", f":2: x: {wrong}"),
+            ("x = 1 2 3 4 5 6 7 8 9", f":2: x: {wrong}"),
+            ("x = y y y\ny = 1 2 3", f":2: x: {wrong}"),
+            (chain, f":2: a0: {circle} (a0 = a1 = "),
+            ("".join(f"a{n} = a{n + 1} a{n + 1}\n" for n in range(99)),
+             f":2: a0: {circle} (a0 = a1 = "),
+            ("a:b =", f":1: a:b: {wrong}"),
+            ("a b = c", ":2: a b: no query can match this name"),
+            ("x = y\n[alias]\nx = y", ":3: [alias]: no such section; did you"
+             " mean [aliases]?"))
+        for text, message in table:
+            with self.subTest(text[:40]):
+                with self.assertRaises(fingerd.ConfigError) as caught:
+                    read_config("[aliases]\n" + text)
+                self.assertIn(message, str(caught.exception))
 
 
 # ---- Fuzzers --------------------------------------------------------------
