@@ -47,6 +47,7 @@ import time
 import tracemalloc
 import types
 import unittest
+import warnings
 import zipfile
 from typing import Any
 from unittest import mock
@@ -7149,7 +7150,10 @@ class PostgresTest(BackendCase):
         super().setUp()
         self.addCleanup(gc.collect)
         # pg8000 does not close what the server has closed.
+        self.enter(warnings.catch_warnings())
+        warnings.simplefilter("ignore", ResourceWarning)
         self.enter(mock.patch.object(sys, "warnoptions", []))
+        self.enter(mock.patch.dict(os.environ, PYTHONWARNINGS=""))
 
     def options(self, driver, **options):
         return {"module": driver,
