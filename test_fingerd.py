@@ -4979,10 +4979,12 @@ class BackendCase(unittest.TestCase):
     maxDiff = None
 
     def setUp(self):
-        for name in [name for name in os.environ
-                     if name.lower().endswith("_proxy")]:
-            self.addCleanup(os.environ.__setitem__, name, os.environ[name])
-            del os.environ[name]
+        patch = mock.patch.dict(os.environ)
+        patch.start()
+        self.addCleanup(patch.stop)
+        for name in list(os.environ):
+            if name.lower().endswith("_proxy"):
+                del os.environ[name]
         self.reports = []
         self.folder = tempfile.mkdtemp(prefix="fingerd-test-")
         self.addCleanup(shutil.rmtree, self.folder)
@@ -5013,14 +5015,6 @@ class BackendCase(unittest.TestCase):
             file.write(shell + textwrap.dedent(text))
         os.chmod(path, 0o755)
         return path
-
-    def set_variable(self, name, value):
-        before = os.environ.get(name)
-        os.environ[name] = value
-        if before is None:
-            self.addCleanup(os.environ.pop, name)
-        else:
-            self.addCleanup(os.environ.__setitem__, name, before)
 
     def start_origin(self, pages=None, **options):
         origin = Origin(pages, **options)
@@ -5418,7 +5412,7 @@ class FingerBackendTest(BackendCase):
             f'verbose_command: "|" {said}', f'list_command: "&" {said}'])
 
     def test_gives_a_small_environment_and_nothing_of_its_own(self):
-        self.set_variable("FINGERD_SECRET", "x")
+        os.environ["FINGERD_SECRET"] = "x"
         backend = self.make(FingerBackend, command="env", list_command="env")
         expected = ["FINGER_CLIENT=192.0.2.7", "FINGER_USER=alice",
                     "FINGER_VERBOSE=", "LC_ALL=C.UTF-8",
@@ -5719,7 +5713,7 @@ class WebBackendTest(BackendCase):
         path = os.path.join(self.folder, "cert.pem")
         with open(path, "w", encoding="ascii") as file:
             file.write(TEST_CERT)
-        self.set_variable("SSL_CERT_FILE", path)
+        os.environ["SSL_CERT_FILE"] = path
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(path)
         return context
@@ -6326,8 +6320,7 @@ class WebBackendTest(BackendCase):
         proxy = self.start_origin({
             "http://test.invalid/~x": text_page("by proxy\n"),
             "/~x": text_page("by tunnel\n")}, tunnel=self.trust_test_cert())
-        self.set_variable("http_proxy", proxy.url)
-        self.set_variable("https_proxy", proxy.url)
+        os.environ.update(http_proxy=proxy.url, https_proxy=proxy.url)
         for scheme, text in (("http", "by proxy\n"), ("https", "by tunnel\n")):
             backend = self.make_web(None, url=scheme
                                     + "://test.invalid/~{user}")
