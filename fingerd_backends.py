@@ -1,11 +1,15 @@
-"""Backends of fingerd that take time: finger runs a program, web gets a page.
+"""Backends of fingerd that take time, and so have a thread for each query.
 
-What a backend is says UsersBackend in fingerd.py, of which this file imports
-nothing.  Only built-in exceptions leave it: ValueError when a backend is made,
-one line "setting: what is wrong; what to write" for each error; OSError, or
-TimeoutError, when a source fails.
+finger runs a program, web gets a page; files, sql and accounts read a
+directory, a database, and what this system says of its users.
 
-Sections: text and names, programs, finger, page text, connections, web.
+UsersBackend in fingerd.py says what a backend is; this file imports nothing of
+that one.  Only built-in exceptions leave it: ValueError when a backend is
+made, one line "setting: what is wrong; what to write" for each error; OSError,
+or TimeoutError, when a source fails.
+
+Sections: text and names, programs, finger, page text, connections, web,
+files as an enemy wrote them, files, sql, accounts.
 """
 
 from __future__ import annotations
