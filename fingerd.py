@@ -37,6 +37,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import gc
 import grp
 import math
 import os
@@ -3032,6 +3033,7 @@ class Daemon:
         fit_max_clients(config, self.log)
         self.server.change_answers(site)
         self.config = config
+        gc.collect()        # urllib's openers are cycles, with certificates
         self.log.event("notice", "reloaded", config=config.path)
 
     def log_unreloadable(self, config: Any) -> None:

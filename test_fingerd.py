@@ -107,6 +107,11 @@ def has_ipv6():
     return True
 
 
+def needs_root(test):
+    """Skip a test of what only root can do."""
+    return unittest.skipUnless(os.geteuid() == 0, "needs root")(test)
+
+
 def needs_more_addresses(test):
     """Skip a test where loopback has 127.0.0.1 only."""
     try:
@@ -519,9 +524,11 @@ class QueryTest(unittest.TestCase):
             with self.subTest(line=line):
                 looked = []
                 follow = fingerd.follow_telnet
-                with mock.patch.object(
-                        fingerd, "follow_telnet",
-                        lambda *args: looked.append(1) or follow(*args)):
+
+                def look(*args, looked=looked, follow=follow):
+                    looked.append(args)
+                    return follow(*args)
+                with mock.patch.object(fingerd, "follow_telnet", look):
                     self.line_of([line[n:n + 1] for n in range(len(line))],
                                  512)
                 self.assertLessEqual(len(looked), len(line))
@@ -1648,8 +1655,11 @@ class BackendsTest(unittest.TestCase):
                 "[limits]\nmax_threads = 1\n", [("held", backend)]) as (
                 server), contextlib.ExitStack() as stack:
             hold = backend.action
-            backend.action = lambda user, timeout: (asked.append(user),
-                                                    hold(user, timeout))[1]
+
+            def note(user, timeout):
+                asked.append(user)
+                return hold(user, timeout)
+            backend.action = note
             first = stack.enter_context(connect(server.address))
             first.sendall(b"first\r\n")
             self.assertTrue(backend.entered.acquire(timeout=HANG))
@@ -1693,8 +1703,10 @@ class BackendsTest(unittest.TestCase):
 
     def test_asks_a_backend_that_does_not_wait_each_time(self):
         asked = []
-        backend = TestBackend(lambda user, timeout: asked.append(user)
-                              or f"{user} {len(asked)}\n")
+        def count(user, timeout):
+            asked.append(user)
+            return f"{user} {len(asked)}\n"
+        backend = TestBackend(count)
         backend.waits = False
         with serving(backends=[("test", backend)]) as server:
             self.assertEqual(server.ask(b"a\r\n"), b"a 1\r\n")
@@ -2300,7 +2312,8 @@ class LimitsTest(unittest.TestCase):
                                       server.waiting(fingerd.WRITE)}), 1)
 
     def test_a_stop_loses_nobody_that_has_connected(self):
-        lost, answered = [], []
+        lost: list[Any] = []
+        answered: list[Any] = []
 
         def load(address):
             while True:
@@ -2345,6 +2358,7 @@ class LimitsTest(unittest.TestCase):
                 self.assertEqual(server.deadline_of(wait, 5), 5 + seconds)
 
     @unittest.skipUnless(sys.platform == "linux", "only Linux filters SYNs")
+    @needs_root     # some kernels let nobody else
     def test_waits_a_moment_for_those_on_their_way_before_it_closes(self):
         listener, = fingerd.open_listeners([("127.0.0.1", 0)])
         with listener:
@@ -2360,6 +2374,7 @@ class LimitsTest(unittest.TestCase):
             connect(listener.getsockname()).close()
 
     @unittest.skipUnless(sys.platform == "linux", "only Linux filters SYNs")
+    @needs_root     # some kernels let nobody else
     def test_opens_no_connection_once_a_stop_has_begun(self):
         listener, = fingerd.open_listeners([("127.0.0.1", 0)])
         with listener, connect(listener.getsockname()):
@@ -2970,11 +2985,6 @@ def background(text=USERS, *args, start=True):
 
 
 NOBODY = 65534      # a user that has nothing
-
-
-def needs_root(test):
-    """Skip a test of what only root can do."""
-    return unittest.skipUnless(os.geteuid() == 0, "needs root")(test)
 
 
 def needs_proc(test):
@@ -5214,7 +5224,7 @@ class FilesContractTest(BackendContract):
             if name == "broken":
                 self.enter(leased(path))
 
-    def make_known(self, listed=False):
+    def make_known(self, listed=False, **options):
         return self.make(FilesBackend, directory=self.folder,
                          index="list" if listed else "")
 
@@ -5227,7 +5237,7 @@ class SqlContractTest(BackendContract):
         super().setUp()
         self.addCleanup(gc.collect)     # an exception keeps its connection
 
-    def make_known(self, listed=False):
+    def make_known(self, listed=False, **options):
         path = os.path.join(self.folder, "known.db")
         if not os.path.exists(path):
             make_database(path, """
@@ -5262,7 +5272,7 @@ class AccountsContractTest(BackendContract):
         self.system.log_in(*[(name, "tty1", "", 86400)
                              for name in ("alice", "bob")])
 
-    def make_known(self, listed=False):
+    def make_known(self, listed=False, **options):
         return self.system.make(self, show="plan login" if listed else "plan")
 
 
@@ -7248,6 +7258,12 @@ class AccountsBackendTest(BackendCase):
         super().setUp()
         os.chmod(self.folder, 0o755)        # for nobody
         self.system = System(self.folder)
+        self.addCleanup(self.open_homes)
+
+    def open_homes(self):
+        """Let an ordinary user remove what the test has closed."""
+        for home, _, _ in os.walk(self.folder):
+            os.chmod(home, 0o700)
 
     def plan(self, backend, user="alice"):
         """Give what is shown as the plan of a user, all else left out."""
