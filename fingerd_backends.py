@@ -126,11 +126,19 @@ class NamePattern:
 def find_slow_name(regex: re.Pattern[str]) -> str | None:
     """Find a name that takes more than MAX_MATCH seconds to match.
 
-    Signals interrupt re, in the main thread only.  This one counts the time
-    that the process computes: no pattern is slow because the machine is busy.
+    Signals interrupt re, in the main thread only.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return None
+    if threading.current_thread() is threading.main_thread():
+        return time_names(regex)
+    return None
+
+
+@functools.lru_cache(maxsize=64)        # a reload has no time for it again
+def time_names(regex: re.Pattern[str]) -> str | None:
+    """Time a pattern by a signal that counts the time of computing.
+
+    So no pattern is slow because the machine is busy.
+    """
     alarm, timer = signal.SIGVTALRM, signal.ITIMER_VIRTUAL
     name, until = None, time.monotonic() + MAX_CHECK
     with contextlib.ExitStack() as undo, contextlib.suppress(TimeoutError):

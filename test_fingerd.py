@@ -522,7 +522,7 @@ class QueryTest(unittest.TestCase):
         for line in (b"\xff\xf1" * 1000, b"\xff\xfa" + b"x" * 2000,
                      b"\r" * 2000, b"x" * 500):
             with self.subTest(line=line):
-                looked = []
+                looked: list[Any] = []
                 follow = fingerd.follow_telnet
 
                 def look(*args, looked=looked, follow=follow):
