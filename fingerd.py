@@ -1304,9 +1304,12 @@ class Answers:
             users = self.config.aliases.expand(users)
             if len(users) > MAX_USERS:
                 return FIXED_REPLIES["malformed"]
-        replies = [self.look_up(user, query.verbose, client, deadline)
-                   for user in users]
-        reply = replies[0] if len(replies) == 1 else join_replies(replies)
+        if len(users) == 1:
+            reply = self.look_up(users[0], query.verbose, client, deadline)
+        else:
+            reply = join_replies([
+                self.look_up(user, query.verbose, client, deadline)
+                for user in users])
         if reply.outcome == "answered" and self.framing or (
                 len(reply.data) > self.limits.max_reply):
             return reply._replace(data=self.framed(reply.outcome, reply.data))
