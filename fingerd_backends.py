@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import atexit
 import codecs
+import collections
 import contextlib
 import encodings.aliases
 import errno
@@ -25,7 +26,6 @@ import http.client
 import importlib
 import io
 import itertools
-import math
 import os
 import pwd
 import re
@@ -42,7 +42,7 @@ import sys
 import threading
 import time
 import urllib.request
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Callable, Iterator
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 __version__ = "1.0"
@@ -923,7 +923,7 @@ class WebBackend:
 
 # ---- Files as an enemy wrote them -------------------------------------------
 
-MAX_FILE = 256 * 1024   # bytes that are read of a file: of a page, too
+MAX_FILE = 100 * 1024   # bytes that are read of a file, in one piece
 PLAIN_NAME = re.compile(r"\w[\w.+-]{0,63}")
 # Follow no symlink, wait for no writer of a FIFO and for no lease, get no
 # controlling terminal.
@@ -962,12 +962,7 @@ def read_file(folder, name, owner=None, limit=MAX_FILE):
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode) or owner not in (None, info.st_uid):
             return None
-        data = bytearray()
-        for piece in iter(functools.partial(os.read, fd, READ_SIZE), b""):
-            data += piece
-            if len(data) > limit:
-                break
-        return make_text(data, "utf-8", limit)
+        return make_text(os.read(fd, limit + 1), "utf-8", limit)
     finally:
         os.close(fd)
 
@@ -975,14 +970,14 @@ def read_file(folder, name, owner=None, limit=MAX_FILE):
 # ---- files ------------------------------------------------------------------
 
 MAX_LISTED = 10_000     # files that a list opens: more than a reply ever holds
-MAX_FIRST = 1000        # bytes that are read of each
+FILE_NAME = re.compile(rf"(?!(?i:.*\.txt)$){PLAIN_NAME.pattern}")
 
 
 class FilesBackend:
     """Answers with a text file of a directory, read at each query.
 
     A client names a file, without the .txt that may be behind its name.  What
-    does not match PLAIN_NAME, as a path or a hidden file, names nothing.
+    does not match FILE_NAME, as a path or a hidden file, names nothing.
     """
 
     waits = True
@@ -1005,7 +1000,7 @@ class FilesBackend:
 
     def lookup(self, user, verbose, client, timeout):
         """Give the text of a user's file; None: no such user."""
-        if not self._may_be_user(user):
+        if not FILE_NAME.fullmatch(user):
             return None
         with open_folder(self.directory) as folder:
             for name in dict.fromkeys((user, user.lower())):
@@ -1027,10 +1022,6 @@ class FilesBackend:
             raise OSError(f"{self.index}: is not a file in {self.directory}")
         return text
 
-    def _may_be_user(self, name):
-        return (PLAIN_NAME.fullmatch(name) is not None
-                and not name.lower().endswith(".txt"))
-
     def _read(self, folder, name, limit=MAX_FILE):
         """Give the text of a user's file; the index is not one."""
         if name.lower() == self.index.lower():
@@ -1043,10 +1034,10 @@ class FilesBackend:
         for file in sorted(os.listdir(self.directory)):
             name = file[:-len(".txt")] if file.endswith(".txt") else file
             if (name in lines or len(lines) == MAX_LISTED
-                    or not self._may_be_user(name)):
+                    or not FILE_NAME.fullmatch(name)):
                 continue
             seconds_left(deadline)
-            text = self._read(folder, file, limit=MAX_FIRST)
+            text = self._read(folder, file, limit=1000)     # a first line
             if text is not None:
                 lines[name] = text.partition("\n")[0]
         width = max(map(len, lines), default=0)
@@ -1057,7 +1048,6 @@ class FilesBackend:
 # ---- sql --------------------------------------------------------------------
 
 MAX_ROWS = 10_000       # that are read of a result: more than a reply holds
-SQLITE_STEPS = 10_000   # between looks at the clock: some 0.2 ms
 # How a module wants its parameter written: its paramstyle (PEP 249).
 MARKS = {"qmark": "?", "format": "%s", "pyformat": "%s", "numeric": ":1",
          "named": ":name"}
@@ -1072,8 +1062,7 @@ def load_module(name):
         if not module.threadsafety:
             raise TypeError("threads may not use it")
         return module, MARKS[module.paramstyle]
-    except (AttributeError, ImportError, KeyError, TypeError,
-            ValueError) as error:
+    except Exception as error:      # importing may do anything
         reason = " ".join(str(error).split())
         raise ValueError(f'module: "{name}" cannot be used ({reason}); install'
                          " a DB-API 2 module, or write sqlite3") from None
@@ -1081,10 +1070,10 @@ def load_module(name):
 
 def limit_sqlite(connection, deadline):
     """Have SQLite give up at the deadline, be it waiting or working."""
-    left = max(0, math.ceil(1000 * (deadline - time.monotonic())))
+    left = max(0, int(1000 * (deadline - time.monotonic())) + 1)
     connection.execute(f"PRAGMA busy_timeout = {left}")
     connection.set_progress_handler(
-        lambda: time.monotonic() > deadline, SQLITE_STEPS)
+        lambda: time.monotonic() > deadline, 10_000)    # steps: 0.2 ms
     connection.text_factory = bytes     # it may be no UTF-8
 
 
@@ -1147,9 +1136,8 @@ class SqlBackend:
             else quoted or plain
             for name, _, quoted, plain in CONNECT_WORD.findall(connect)}
         if self.sqlite:
-            self.arguments = {
-                "database": f"file:{urllib.parse.quote(database)}?mode=ro",
-                "uri": True, "check_same_thread": False}
+            path = urllib.parse.quote(database)
+            self.arguments = {"database": f"file:{path}?mode=ro", "uri": True}
 
     def __del__(self):
         for connection in self.idle:
@@ -1211,10 +1199,8 @@ class SqlBackend:
 
 # ---- accounts: lines as Debian's finger has them, byte for byte -------------
 
-FILES = {"forward": (".forward", "Mail forwarded to ", ""),
-         "pgpkey": (".pgpkey", "PGP key:\n", ""),
-         "project": (".project", "Project:\n", ""),
-         "plan": (".plan", "Plan:\n", "No Plan.\n")}
+FILES = {"forward": "Mail forwarded to ", "pgpkey": "PGP key:\n",
+         "project": "Project:\n", "plan": "Plan:\n"}
 ITEMS = ("home", "shell", "office", "phone", "login", "from", "idle",
          "forward", "mail", "pgpkey", "project", "plan")
 SAME_TIME = 0.02        # seconds that it takes at least to know nobody
@@ -1228,46 +1214,45 @@ LASTLOG = struct.Struct("=I4x32s256s" if WIDE else "=I32s256s")
 USER_PROCESS = 7        # the kind of record in utmp that is a login
 
 
-class Login(NamedTuple):
-    """Where from and when somebody logged in."""
-
-    name: str
-    tty: str
-    host: str
-    since: int              # 0 is never
+Login = collections.namedtuple("Login", "name tty place since")
 
 
-def make_login(name, tty, host, since):
+def make_login(items, name, tty, host, since):
+    """Make a Login of a record; its place is what is shown of where it is."""
     name, tty, host = (
         field.partition(b"\0")[0].decode("utf-8", "backslashreplace")
         for field in (name, tty, host))
-    return Login(name, tty, host, since)
+    host = f" from {host}" if host and "from" in items else ""
+    return Login(name, tty, f" on {tty}{host}", since)
 
 
-def read_logins(path):
-    """Give who is logged in, nobody where that is not kept."""
+def read_part(path, start=0, size=-1):
+    """Read a part of a system's file; None where there is none for us."""
     try:
         with open(path, "rb") as file:
-            data = file.read()
+            file.seek(start)
+            return file.read(size)
     except (FileNotFoundError, PermissionError):
-        return []
+        return None
+
+
+def read_logins(path, items):
+    """Give the Logins of utmp."""
+    data = read_part(path) or b""
     records = UTMP.iter_unpack(data[:len(data) // UTMP.size * UTMP.size])
-    return [make_login(name, tty, host, since)
+    return [make_login(items, name, tty, host, since)
             for kind, tty, name, host, since in records
             if kind == USER_PROCESS and name[0]]
 
 
-def read_last_login(path, uid):
-    """Give the last login of a user, None where that is not kept."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(uid * LASTLOG.size)
-            data = file.read(LASTLOG.size)
-    except (FileNotFoundError, PermissionError):
+def read_last_login(path, items, uid):
+    """Give a user's Login of lastlog, at 0 for never; None without lastlog."""
+    data = read_part(path, uid * LASTLOG.size, LASTLOG.size)
+    if data is None:
         return None
-    whole = len(data) == LASTLOG.size   # it ends behind the highest of them
+    whole = len(data) == LASTLOG.size   # it ends with the highest of them
     since, tty, host = LASTLOG.unpack(data if whole else bytes(LASTLOG.size))
-    return make_login(b"", tty, host, since)
+    return make_login(items, b"", tty, host, since)
 
 
 def split_gecos(entry):
@@ -1309,12 +1294,6 @@ def spell_time(seconds, year=""):
     return time.strftime(f"%a %b %e %R {year}(%Z)", time.localtime(seconds))
 
 
-def spell_place(login, items):
-    """Give where a login is, or was, and came from."""
-    host = f" from {login.host}" if login.host and "from" in items else ""
-    return f" on {login.tty}{host}"
-
-
 def spell_idle(tty, indent):
     """Report how long a terminal is idle, and whether it takes messages."""
     try:
@@ -1348,12 +1327,12 @@ def spell_mail(path):
             f"     Unread since {spell_time(read, '%Y ')}\n")
 
 
-def spell_file(home, owner, name, header, absent):
+def spell_file(home, owner, item):
     """Give the text of a user's own file, or what is said without one."""
-    text = read_file(home, name, owner)
+    text = read_file(home, f".{item}", owner)
     if text is None:
-        return absent
-    return header + text + "\n" * (not text.endswith("\n"))
+        return "No Plan.\n" if item == "plan" else ""
+    return FILES[item] + text + "\n" * (not text.endswith("\n"))
 
 
 class AccountsBackend:
@@ -1416,7 +1395,7 @@ class AccountsBackend:
         if "login" not in self._items(client):
             return None
         rows = []
-        for login in read_logins(self.utmp):
+        for login in read_logins(self.utmp, ()):
             entry = self._account(login.name)
             if entry and self._visit(entry, lambda *account: account):
                 since = time.strftime("%b %e %R", time.localtime(login.since))
@@ -1501,30 +1480,29 @@ class AccountsBackend:
                 "forward", "mail", "pgpkey", "project", "plan")):
             lines.append(
                 spell_mail(self.mail + entry.pw_name) if item == "mail" else
-                spell_file(home, entry.pw_uid, *FILES[item]))
+                spell_file(home, entry.pw_uid, item))
         return "".join(lines)
 
     def _login_lines(self, items, entry):
         """Tell of the logins there are, and of a later one or the last."""
-        logins = [login for login in read_logins(self.utmp)
+        logins = [login for login in read_logins(self.utmp, items)
                   if login.name == entry.pw_name[:32]]
-        last = read_last_login(self.lastlog, entry.pw_uid)
-        if last and logins and (
-                last.since <= min(login.since for login in logins)
-                or last.tty in [login.tty for login in logins]):
+        last = read_last_login(self.lastlog, items, entry.pw_uid)
+        ttys = [login.tty for login in logins]
+        if last and logins and (last.tty in ttys or last.since
+                                <= min(login.since for login in logins)):
             last = None
-        width = max([len(login.tty) for login in [*logins, last] if login],
-                    default=0)
+        width = max(map(len, [*ttys, last.tty if last else ""]))
         for login in logins:
-            place = spell_place(login, items)
+            idle = ""
             if "idle" in items:
-                place += spell_idle(login.tty, "\n" * (" from " in place)
-                                    + " " * (width - len(login.tty) + 3))
-            yield f"On since {spell_time(login.since)}{place}\n"
+                idle = spell_idle(login.tty, "\n" * (" from " in login.place)
+                                  + " " * (width - len(login.tty) + 3))
+            yield f"On since {spell_time(login.since)}{login.place}{idle}\n"
         if last and last.since:
             old = time.time() - last.since >= HALF_YEAR
             yield (f"Last login {spell_time(last.since, '%Y ' * old)}"
-                   f"{spell_place(last, items)}\n")
+                   f"{last.place}\n")
         elif last:
             yield "Never logged in.\n"
 
