@@ -338,7 +338,7 @@ MAX_LISTED = 10_000     # users in one list: more than a reply ever holds
 
 
 class UsersBackend:
-    """Users that stand in the config, each with the text of the reply.
+    """Users of the config, each with the text of the reply.
 
     This is also the interface of a backend.  One instance answers many
     threads at once; it knows nothing of sockets, config files or the log.
@@ -346,9 +346,11 @@ class UsersBackend:
     waits         may lookup() block?  If not, it is asked without a thread.
     settings      rows (name, kind of KINDS, default, help), or None where
                   any name may stand in the section.
-    options       what stands there, converted; a value that will not do is
-                  a ValueError "setting: what is wrong; what to write".
-    report(text)  puts a line into the log, from any thread.
+    options       what is written there, converted; bad values are a
+                  ValueError with a line for each of them,
+                  "setting: what is wrong; what to write".
+    report(text, level="warning")  writes a line to the log, from any thread.
+    warnings      lines "setting: text" for the operator; may be missing.
 
     lookup(user, verbose, client, timeout) gives the text for a user (or
     bytes that to_wire has made), None for one it does not know.  It takes
