@@ -60,8 +60,8 @@ from typing import (
     Any,
     Callable,
     Container,
-    Dict,
     Iterable,
+    Iterator,
     NamedTuple,
     NoReturn,
 )
@@ -398,11 +398,10 @@ BACKENDS: dict[str, Any] = {"users": UsersBackend}
 BACKEND_NAME = re.compile(r"[a-z]+(:[A-Za-z0-9_.-]+)?")
 
 
-def load_backends() -> dict[str, Any]:
-    """Import the other file's backends; give the classes of both by name.
+def load_backends() -> tuple[dict[str, Any], str]:
+    """Give all backends by name, or those of this file and what is wrong.
 
-    Raises ValueError when that file is missing, broken, or of another
-    version; also in a reload, when Python itself may be out of reach.
+    In a reload, too: Python itself may be out of reach then.
     """
     try:
         import fingerd_backends
@@ -410,13 +409,13 @@ def load_backends() -> dict[str, Any]:
         wrong = f"cannot be imported ({error}); restart once it can"
         if error.name == "fingerd_backends":
             wrong = "is not beside fingerd.py; copy it there too"
-        raise ValueError(f"needs fingerd_backends.py, which {wrong}") from None
+        return BACKENDS, f"needs fingerd_backends.py, which {wrong}"
     if fingerd_backends.__version__ != __version__:
-        raise ValueError(
+        return BACKENDS, (
             f"cannot be used: fingerd.py is version {__version__}, but"
             f" fingerd_backends.py is {fingerd_backends.__version__};"
             " copy both from one release")
-    return {**BACKENDS, **fingerd_backends.BACKENDS}
+    return {**BACKENDS, **fingerd_backends.BACKENDS}, ""
 
 
 def find_backend(name: str, sections: tuple[str, ...] = ()) -> Any:
@@ -425,60 +424,17 @@ def find_backend(name: str, sections: tuple[str, ...] = ()) -> Any:
     For the name of a section, give the sections that it may mean as well.
     """
     kind = name.partition(":")[0]
-    classes, failure = BACKENDS, ""
-    if kind not in classes:
-        try:
-            classes = load_backends()
-        except ValueError as error:
-            failure = str(error)
+    classes, failure = (BACKENDS, "") if kind in BACKENDS else load_backends()
     if kind in classes and BACKEND_NAME.fullmatch(name):
         return classes[kind]
-    form = "[{}]".format if sections else str
-    guess = suggest(form(name), map(form, [*sections, *classes]))
+    form, wrong, cure = "{}", "is not a backend", "write backend = users"
+    if sections:
+        form, wrong, cure = "[{}]", "no such section", "remove the section"
+    guess = suggest(form.format(name),
+                    [form.format(known) for known in (*sections, *classes)])
     if failure and "did you mean" not in guess:
-        raise ValueError(f"{failure}, or " + (
-            "remove the section" if sections else "write backend = users"))
-    raise ValueError(("no such section" if sections else "is not a backend")
-                     + guess)
-
-
-class Aliases:
-    """Names that stand for others, in any case: the section [aliases]."""
-
-    settings = None             # any name may stand there, as in [users]
-
-    def __init__(self, options: dict[str, str]) -> None:
-        self.texts = {name.lower(): text for name, text in options.items()}
-        self.users: dict[str, list[str]] = {}
-        errors = []
-        for name in self.texts:
-            try:
-                self.users[name] = self.follow(name, ())
-            except ValueError as error:
-                errors.append(f"{name}: {error}")
-        if errors:
-            raise ValueError("\n".join(errors))
-
-    def follow(self, word: str, path: tuple[str, ...]) -> list[str]:
-        """Give the users behind a word, which is behind those of path."""
-        name = word.lower()
-        if name not in self.texts and "@" not in word:
-            return [word]
-        if name in path or len(path) > MAX_USERS:
-            raise ValueError("is a circle, or too long a chain"
-                             f" ({' = '.join((*path, name))}); cut it")
-        users = []
-        for behind in self.texts.get(name, "").split():
-            users += self.follow(behind, (*path, name))
-        if not 1 <= len(users) <= MAX_USERS:
-            raise ValueError(f"does not stand for 1 to {MAX_USERS} names;"
-                             " write these, without @")
-        return users
-
-    def expand(self, users: tuple[str, ...]) -> list[str]:
-        """Give the names that are asked for, aliases replaced."""
-        return [name for user in users
-                for name in self.users.get(user.lower(), (user,))]
+        raise ValueError(f"{failure}, or {cure}")
+    raise ValueError(wrong + guess)
 
 
 # ---- Settings -------------------------------------------------------------
@@ -753,27 +709,44 @@ class ConfigError(Exception):
         return "\n".join(line.replace("\n", "\\n") for line in self.args)
 
 
+class Entry(NamedTuple):
+    """A setting as it is in the file."""
+
+    line: int                   # 0: it is from the command line
+    name: str
+    text: str                   # on this line
+    below: str                  # indented lines, empty ones and comments
+
+
+class Section(NamedTuple):
+    """The entries of a section, by name in lower case."""
+
+    line: int
+    entries: dict[str, Entry]
+    label: str = ""             # for notes, if it is not in the file
+
+
 class Notes(list):
     """Errors or warnings with their lines; line 0 is the command line."""
 
     def add(self, line: int, text: str) -> None:
         self.append((line, text))
 
+    def place(self, section: Section, texts: Iterable[str]) -> None:
+        """Add what a backend says, `setting: text`, on the setting's line.
+
+        A setting with a note is passed over: the backend saw the default.
+        """
+        noted = {(line, text.partition(":")[0]) for line, text in self}
+        for text in texts:
+            setting = text.partition(":")[0]
+            line = section.entries.get(setting, section).line
+            if (line, setting) not in noted:
+                self.add(line, section.label + text)
+
     def texts(self, path: str) -> list[str]:
         return [f"{path}:{line}: {text}" if line else text
                 for line, text in sorted(self)]
-
-
-class Entry(NamedTuple):
-    """A setting as it is in the file, or the header of a section."""
-
-    line: int
-    name: str                   # of a header with its brackets
-    text: str                   # on this line
-    below: str                  # indented lines, empty ones and comments
-
-
-Sections = Dict[str, Dict[str, Entry]]  # by name; in lower case, "" the header
 
 
 def read_config(path: str, report: Callable[..., None],
@@ -785,16 +758,20 @@ def read_config(path: str, report: Callable[..., None],
     are texts of the command line by setting, old is the config that a reload
     replaces.  The result has a namespace of settings for each section, and:
     path; raw_values, texts by section and name; lines, where a setting is,
-    by name; backends, pairs of name and object; warnings, lines of text.
+    by name; aliases, lists of names; backends, pairs of name and object;
+    warnings, lines of text.
     """
-    errors = Notes()
+    errors, warnings = Notes(), Notes()
     sections = parse_config(read_text(path), errors)
     config = convert_core(sections, overrides or {}, old, errors)
     config.path = path
-    config.aliases = make_aliases(sections, errors)
+    config.aliases = make_aliases(sections.pop("aliases", Section(0, {})),
+                                  errors)
     chroot = "" if old else config.daemon.chroot
-    config.backends = make_backends(config, sections, report, chroot, errors)
-    config.warnings = check_others(config, sections, errors).texts(path)
+    config.backends = tuple(make_backends(config, sections, report, chroot,
+                                          errors, warnings))
+    check_unused(sections, errors, warnings)
+    config.warnings = warnings.texts(path)
     if errors:
         count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
         where = f"in {path}" if max(errors)[0] else "on the command line"
@@ -818,21 +795,12 @@ def read_text(path: str) -> str:
                           " e.g. with iconv -f latin1 -t utf-8") from None
 
 
-def suggest(word: str, choices: Iterable[str]) -> str:
-    """Give the end of an error about a word that is not one of the choices."""
-    import difflib  # 10 ms: only errors need it
-    names = list(choices)
-    for close in difflib.get_close_matches(word, names, 1):
-        return f"; did you mean {close}?"
-    return f"; there are {', '.join(names)}"
-
-
 # From lines to texts.
 
-def parse_config(text: str, errors: Notes) -> Sections:
+def parse_config(text: str, errors: Notes) -> dict[str, Section]:
     """Sort settings into sections; two of the same name are read as one."""
-    sections: Sections = {}
-    entries: dict[str, Entry] | None = None
+    sections: dict[str, Section] = {}
+    section = Section(0, {})            # until there is a header
     start, *blocks = BLOCK.split(text)
     check_single(0, start, errors)
     number = start.count("\n") + 1
@@ -840,21 +808,25 @@ def parse_config(text: str, errors: Notes) -> Sections:
         line, _, below = block.partition("\n")
         line = line.rstrip()
         name, equals, value = map(str.strip, line.partition("="))
-        key = name.lower()
+        first = number
         if line[0] == "[" and line[-1] == "]":
-            name, equals, value, key = line, "=", "", ""
-            entries = sections.setdefault(line[1:-1].strip(), {})
+            name = line
+            section = sections.setdefault(line[1:-1].strip(),
+                                          Section(number, {}))
+            first = section.line
             check_single(number, below, errors)
-        entry = Entry(number, name, value, below)
-        if not equals or not name:
+        elif not equals or not name:
             errors.add(number, f'"{line}" is neither a section nor a setting;'
                                " write [section] or name = value")
-        elif entries is None:
+        elif not section.line:
             errors.add(number, f"{name}: outside any section; write its"
                                " [section] above it")
-        elif entries.setdefault(key, entry) is not entry:
-            errors.add(number, f"{name}: already on line {entries[key].line};"
-                               " write it once")
+        else:
+            first = section.entries.setdefault(
+                name.lower(), Entry(number, name, value, below)).line
+        if first != number:
+            errors.add(number, f"{name}: already on line {first}; write it"
+                               " once")
         number += block.count("\n")
     return sections
 
@@ -880,8 +852,8 @@ def full_text(entry: Entry) -> str:
 
 # From texts to values.
 
-def convert_core(sections: Sections, overrides: dict[str, str], old: Any,
-                 errors: Notes) -> Any:
+def convert_core(sections: dict[str, Section], overrides: dict[str, str],
+                 old: Any, errors: Notes) -> Any:
     """Make a config of the sections in CORE."""
     config = types.SimpleNamespace(raw_values={}, lines={})
     for section in CORE:
@@ -890,18 +862,17 @@ def convert_core(sections: Sections, overrides: dict[str, str], old: Any,
             # It is kept.  To look up a user may take a network, and finds
             # nobody in a chroot.
             rows = [row._replace(kind="text") for row in rows]
-        entries = sections.get(section, {})
+        entries = sections.pop(section, Section(0, {})).entries
         values = convert_section(rows, entries, errors)
         for row in rows:
-            text = row.default
-            if row.name in entries:
-                config.lines[row.name] = entries[row.name].line
-                text = full_text(entries[row.name])
+            entry = entries.get(row.name)
             if row.name in overrides:
-                text = overrides[row.name]
-                values[row.name] = convert_text(row, text, 0, errors)
-                config.lines[row.name] = 0
-            config.raw_values[section, row.name] = text
+                entry = Entry(0, row.name, overrides[row.name], "")
+                values[row.name] = convert_entry(row, entry, errors)
+            config.raw_values[section, row.name] = row.default
+            if entry:
+                config.raw_values[section, row.name] = full_text(entry)
+                config.lines[row.name] = entry.line
         setattr(config, section, types.SimpleNamespace(**values))
     if old:
         config.daemon = old.daemon
@@ -913,123 +884,128 @@ def convert_section(rows: list[Setting], entries: dict[str, Entry],
     """Give the value of each row; note entries that no row is for."""
     values = {row.name: KINDS[row.kind](row.default) for row in rows}
     known = {row.name: row for row in rows}
-    for key, entry in entries.items():
-        if key in known:
-            values[key] = convert_entry(known[key], entry, errors)
-        elif key:
+    for name, entry in entries.items():
+        if name in known:
+            values[name] = convert_entry(known[name], entry, errors)
+        else:
             errors.add(entry.line, f"{entry.name}: no such setting"
-                                   + suggest(key, known))
+                                   + suggest(name, list(known)))
     return values
 
 
 def convert_entry(row: Setting, entry: Entry, errors: Notes) -> Any:
-    if KINDS[row.kind] is str:
+    """Give the value of an entry, the default if it is bad; note why."""
+    if row.kind == "text":
         return full_text(entry)
     check_single(entry.line, entry.below, errors)
-    return convert_text(row, entry.text, entry.line, errors)
-
-
-def convert_text(row: Setting, text: str, line: int, errors: Notes) -> Any:
-    """Give the value of a text, the default if it is bad; note why."""
     try:
-        return KINDS[row.kind](text)
+        return KINDS[row.kind](entry.text)
     except ValueError as error:
         name, equals = row.name, " ="
-        if not line:
+        if not entry.line:
             name, equals = max(row.flags, key=len), ""
-        wrong = f'{name}: "{text}" {error}'
+        wrong = f'{name}: "{entry.text}" {error}'
         if row.default and "; " not in str(error):
             wrong += f"; write e.g. {name}{equals} {row.default}"
-        errors.add(line, wrong)
+        errors.add(entry.line, wrong)
         return KINDS[row.kind](row.default)
+
+
+def convert_texts(section: Section, errors: Notes) -> dict[str, str]:
+    """Give the texts of a section where a setting is a name to ask for."""
+    for entry in section.entries.values():
+        if UNASKED.search(entry.name):
+            errors.add(entry.line, f"{entry.name}: no query can match this"
+                                   " name; write it without spaces and @")
+    return {entry.name: full_text(entry) for entry in section.entries.values()}
+
+
+def convert_options(cls: Any, name: str, section: Section,
+                    errors: Notes) -> dict[str, Any]:
+    """Give the options of a backend: the values, or texts, of its section."""
+    if cls.settings is None:
+        return convert_texts(section, errors)
+    rows = [Setting(name, *row) for row in cls.settings]
+    return convert_section(rows, section.entries, errors)
 
 
 # From values to backends.
 
-def make_aliases(sections: Sections, errors: Notes) -> Aliases:
-    """Take the section [aliases] out, which is not of a backend."""
-    entries = sections.pop("aliases", {"": Entry(0, "", "", "")})
-    try:
-        return Aliases(convert_options(Aliases, "aliases", entries, errors))
-    except ValueError as error:
-        place_notes(entries, str(error).splitlines(), errors)
-        return Aliases({})
+def make_aliases(section: Section, errors: Notes) -> dict[str, list[str]]:
+    """Give the names behind each alias, in lower case."""
+    texts = {name.lower(): text
+             for name, text in convert_texts(section, errors).items()}
+    aliases = {}
+    for name in texts:
+        try:
+            aliases[name] = follow_alias(name, texts)
+        except ValueError as error:
+            errors.add(section.entries[name].line, f"{name}: {error}")
+    return aliases
 
 
-def make_backends(config: Any, sections: Sections,
-                  report: Callable[..., None], chroot: str,
-                  errors: Notes) -> tuple[Any, ...]:
-    """Make the backends that are named."""
-    made = []
-    names = config.server.backend
+def follow_alias(word: str, texts: dict[str, str], *path: str) -> list[str]:
+    """Give the names behind a word, which is behind those of path."""
+    name = word.lower()
+    if name not in texts:
+        return [word]
+    if name in path or len(path) > MAX_USERS:
+        raise ValueError("is a circle, or too long a chain"
+                         f" ({' = '.join((*path, name))}); cut it")
+    names = []
+    for behind in texts[name].split():
+        names += follow_alias(behind, texts, *path, name)
+    if not 1 <= len(names) <= MAX_USERS or "@" in "".join(names):
+        raise ValueError(f"does not stand for 1 to {MAX_USERS} names; write"
+                         " these, without @")
+    return names
+
+
+def make_backends(config: Any, sections: dict[str, Section],
+                  report: Callable[..., None], chroot: str, errors: Notes,
+                  warnings: Notes) -> Iterator[tuple[str, Any]]:
+    """Make the backends that are named, each with its name."""
     line = config.lines.get("backend", 0)
+    names = config.server.backend
     if len(set(names)) < len(names):
         errors.add(line, "backend: names one twice; name each once")
     for name in dict.fromkeys(names):
-        label = "" if name in sections else f"[{name}]: "
-        entries = sections.setdefault(name, {"": Entry(line, "", "", "")})
+        section = sections.pop(name, Section(line, {}, f"[{name}]: "))
         try:
             cls = find_backend(name)
         except ValueError as error:
             errors.add(line, f'backend: "{name}" {error}')
             continue
-        options = convert_options(cls, name, entries, errors)
+        options = convert_options(cls, name, section, errors)
         try:
             backend = cls(options, functools.partial(report, name))
             if chroot and hasattr(backend, "enter_chroot"):
                 backend.enter_chroot(chroot)
-            made.append((name, backend))
+            warnings.place(section, getattr(backend, "warnings", ()))
+            yield name, backend
         except ValueError as error:
-            place_notes(entries, [label + text for text
-                                  in str(error).splitlines()], errors)
-    return tuple(made)
+            errors.place(section, str(error).splitlines())
 
 
-def check_others(config: Any, sections: Sections, errors: Notes) -> Notes:
-    """Check the sections of no backend that is named; give all warnings."""
-    warnings = Notes()
-    for name, backend in config.backends:
-        place_notes(sections[name], getattr(backend, "warnings", ()), warnings)
-    for name, entries in sections.items():
-        if name in CORE or name in config.server.backend:
-            continue
-        line = entries[""].line
+def check_unused(sections: dict[str, Section], errors: Notes,
+                 warnings: Notes) -> None:
+    """Check the sections that are left: of backends that are not named."""
+    for name, section in sections.items():
         try:
             cls = find_backend(name, (*CORE, "aliases"))
-            convert_options(cls, name, entries, errors)
+            convert_options(cls, name, section, errors)
         except ValueError as error:
-            errors.add(line, f"[{name}]: {error}")
-        warnings.add(line, f"[{name}]: is not used; add {name} to backend, or"
-                           " remove the section")
-    return warnings
+            errors.add(section.line, f"[{name}]: {error}")
+        warnings.add(section.line, f"[{name}]: is not used; add {name} to"
+                                   " backend, or remove the section")
 
 
-def convert_options(cls: Any, name: str, entries: dict[str, Entry],
-                    errors: Notes) -> dict[str, Any]:
-    """Give what a backend is made of: the values, or texts, of its section."""
-    if cls.settings is not None:
-        rows = [Setting(name, *row) for row in cls.settings]
-        return convert_section(rows, entries, errors)
-    users = [entry for key, entry in entries.items() if key]
-    for entry in users:
-        if UNASKED.search(entry.name):
-            errors.add(entry.line, f"{entry.name}: no query can match this"
-                                   " name; write it without spaces and @")
-    return {entry.name: full_text(entry) for entry in users}
-
-
-def place_notes(entries: dict[str, Entry], texts: Iterable[str],
-                notes: Notes) -> None:
-    """Note what a backend says, `setting: text`, on the setting's line.
-
-    A setting with a note is passed over: the backend saw the default.
-    """
-    known = {(line, text.partition(":")[0]) for line, text in notes}
-    for text in texts:
-        setting = text.partition(":")[0]
-        entry = entries.get(setting, entries[""])
-        if (entry.line, setting) not in known:
-            notes.add(entry.line, text)
+def suggest(word: str, choices: list[str]) -> str:
+    """Give the end of an error about a word that is not one of the choices."""
+    import difflib  # 10 ms: only errors need it
+    for close in difflib.get_close_matches(word, choices, 1):
+        return f"; did you mean {close}?"
+    return f"; there are {', '.join(choices)}"
 
 
 # ---- Log ------------------------------------------------------------------
@@ -1302,8 +1278,10 @@ class Answers:
         if not query.users:
             return self.list_users(query, client, deadline)
         users = query.users
-        if self.config.aliases.users:
-            users = self.config.aliases.expand(users)
+        aliases = self.config.aliases
+        if aliases:
+            users = tuple(name for user in users
+                          for name in aliases.get(user.lower(), (user,)))
             if len(users) > MAX_USERS:
                 return FIXED_REPLIES["malformed"]
         if len(users) == 1:
@@ -3139,9 +3117,8 @@ def join_values(argv: list[str]) -> list[str]:
 def settings_text() -> str:
     """List all settings with their defaults, section by section."""
     rows = list(SETTINGS)
-    with contextlib.suppress(ValueError):   # this file alone: only its own
-        for name, cls in load_backends().items():
-            rows += [Setting(name, *row) for row in cls.settings or ()]
+    for name, cls in load_backends()[0].items():
+        rows += [Setting(name, *row) for row in cls.settings or ()]
     rows.append(Setting("users", "NAME", "text", "TEXT",
                         "a user, and the text about that user"))
     lines = ["settings of the config file, and their defaults:"]
@@ -3335,8 +3312,10 @@ def write_bundle(path: str) -> None:
     import py_compile
     import tempfile
     import zipapp
+    _, failure = load_backends()
+    if failure:
+        raise ConfigError(f"--bundle: {failure}")
     try:
-        load_backends()
         with tempfile.TemporaryDirectory() as folder:
             for name, module in [("fingerd", __name__),
                                  ("fingerd_backends", "fingerd_backends")]:
@@ -3353,8 +3332,6 @@ def write_bundle(path: str) -> None:
                                       "fingerd:run", compressed=True)
                 if stat.S_ISREG(os.fstat(bundle.fileno()).st_mode):
                     os.fchmod(bundle.fileno(), 0o755)
-    except ValueError as error:
-        raise ConfigError(f"--bundle: {error}") from None
     except OSError as error:
         raise StartError(f"cannot write the bundle: {reason(error)}"
                          ) from None

@@ -1053,7 +1053,7 @@ shape = odd
                 read_config(text)
 
     def test_tables_of_settings_convert_their_own_defaults(self):
-        classes = fingerd.load_backends()
+        classes, _ = fingerd.load_backends()
         rows = [*fingerd.SETTINGS, *(
             fingerd.Setting(name, *row) for name, cls in classes.items()
             for row in cls.settings or ())]
@@ -1068,7 +1068,7 @@ class ExampleTest(unittest.TestCase):
     def rows(self):
         return [*fingerd.SETTINGS, *(
             fingerd.Setting(name, *row)
-            for name, cls in fingerd.load_backends().items()
+            for name, cls in fingerd.load_backends()[0].items()
             for row in cls.settings or ())]
 
     def test_example_has_one_user_and_is_all_default_else(self):
@@ -7733,7 +7733,7 @@ staff = hidden by the alias
             (chain, f":2: a0: {circle} (a0 = a1 = "),
             ("".join(f"a{n} = a{n + 1} a{n + 1}\n" for n in range(99)),
              f":2: a0: {circle} (a0 = a1 = "),
-            ("a:b =", f":1: a:b: {wrong}"),
+            ("a:b =", f":2: a:b: {wrong}"),
             ("a b = c", ":2: a b: no query can match this name"),
             ("x = y\n[alias]\nx = y", ":3: [alias]: no such section; did you"
              " mean [aliases]?"))
