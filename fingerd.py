@@ -19,6 +19,7 @@ Sections, from the protocol outward to the operating system:
     Log           one line for each connection
     Answers       policy: who is answered, and what
     Forwarding    asking another finger server
+    PROXY header  whose connection a load balancer hands on
     Clients       the life of a client, and what it waits for
     Server        accepting, waiting, deadlines: the loop
     Sockets       what it listens on
@@ -71,8 +72,10 @@ __version__ = "1.0"
 MAX_USERS = 8           # names in one line; each may cost a whole lookup
 MAX_HOSTS = 4           # in a chain that is forwarded: it may be a circle
 FINGER_PORT = 79        # RFC 1288 2.1; also where a forwarded query goes
+MAX_PORT = 65535
 READ_SIZE = 4096        # bytes asked for at once
 DONT_WAIT = int(socket.MSG_DONTWAIT)    # int(): an enum's | costs 2 us
+PEEK = int(socket.MSG_PEEK)
 CONFIG_FILES = ("fingerd.conf", "/etc/fingerd.conf")
 
 
@@ -95,6 +98,7 @@ def format_traceback() -> str:
 
 RAW_SHARE = 4           # bytes that may come for each byte of max_query
 CONTROL = re.compile(rb"[\0-\x08\x0a-\x1f\x7f]|\xc2[\x80-\x9f]")  # not TAB
+PROXY_LINE = re.compile(rb"PROXY (TCP[46]|UNKNOWN)\b")     # see PROXY header
 
 # Telnet (RFC 854): some of its bytes, and what the byte before has begun.
 IAC, SB, SE, WILL, DONT = 255, 250, 240, 251, 254
@@ -215,6 +219,8 @@ def parse_query(line: bytes | bytearray,
         return Query((line.decode(),), False, ())
     if CONTROL.search(line):
         raise MalformedQuery("control character")
+    if PROXY_LINE.match(line):
+        raise MalformedQuery("PROXY line of a stranger")
     try:
         tokens = [token.decode() for token in line.split()]
     except UnicodeDecodeError:
@@ -538,7 +544,7 @@ def to_host(text: str) -> str:
 def to_address(text: str, default_port: str = "") -> tuple[str, int]:
     match = re.fullmatch(r"(\[[\w:.%-]+\]|\*|[\w.-]+)(?::([0-9]{1,5}))?", text)
     port = (match[2] or default_port) if match else ""
-    if not match or not port or int(port) > 65535:
+    if not match or not port or int(port) > MAX_PORT:
         raise ValueError("is not host:port or [v6 address]:port")
     return match[1].strip("[]"), int(port)
 
@@ -646,6 +652,8 @@ CORE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("hostname", "hosts", "", "names of this host; empty: the system's"),
         ("allow", "networks", "", "networks that are answered; empty: all"),
         ("deny", "networks", "", "networks that are not, even if allowed"),
+        ("proxy_from", "networks", "",
+         "networks of load balancers that speak the PROXY protocol"),
     ),
     "limits": (
         ("timeout", "seconds", "10",
@@ -1258,11 +1266,13 @@ class Answers:
             server.hostname or (socket.gethostname().lower(),))})
         self.hops: dict[str, str] = {}      # addresses, for a chroot
         self.own_ports: set[int] = set()    # that we listen on
-        self.guarded = bool(server.allow or server.deny)
+        self.guarded = bool(server.allow or server.deny or server.proxy_from)
         self.framing = bool(self.header or self.footer)
         # Of functions, not methods: a cycle would keep old configs alive.
         self.allows = functools.lru_cache(maxsize=4096)(functools.partial(
             is_allowed, server.allow, server.deny))
+        self.is_balancer = functools.lru_cache(maxsize=256)(functools.partial(
+            is_in, server.proxy_from))
         self.framed = functools.lru_cache(maxsize=FRAMED)(functools.partial(
             frame, self.header, self.footer, self.limits.max_reply))
 
@@ -1388,13 +1398,16 @@ class Answers:
 
 def is_allowed(allow, deny, host):
     """May this address ask?  A deny wins over any allow."""
-    if not allow and not deny:
-        return True
+    return not is_in(deny, host) and (not allow or is_in(allow, host))
+
+
+def is_in(networks, host):
+    """Is an address in one of these networks?"""
+    if not networks:
+        return False
     import ipaddress  # the converter of networks has loaded it
     address = ipaddress.ip_address(host)
-    if any(address in network for network in deny):
-        return False
-    return not allow or any(address in network for network in allow)
+    return any(address in network for network in networks)
 
 
 def frame(header, footer, limit, outcome, data):
@@ -1470,6 +1483,93 @@ def seconds_left(deadline: float) -> float:
     return left
 
 
+# ---- PROXY header ---------------------------------------------------------
+
+# What a load balancer says before anything else: whose connection it hands
+# on.  See proxy-protocol.txt of HAProxy: version 1 is a line, 2 is binary.
+# A header may come in any number of segments, and with the query behind it.
+
+PROXY_1 = b"PROXY "
+PROXY_2 = b"\r\n\r\n\0\r\nQUIT\n"
+PORT = rb"(0|[1-9][0-9]{0,4})"
+PROXY_WORDS = re.compile(rb"PROXY (?:UNKNOWN(?: .*)?|TCP([46]) (\S+) (\S+) "
+                         + PORT + b" " + PORT + b")")
+MAX_PROXY_1 = 107       # bytes, with the CRLF
+MAX_PROXY_2 = 4096      # bytes: one look at the socket, extensions included
+PROXY_LOCAL, PROXY_COMMAND = 0x20, 0x21     # with the version, 2
+PROXY_LAYOUTS = {       # source, destination, and their ports
+    1: (socket.AF_INET, "!4s4sHH"), 2: (socket.AF_INET6, "!16s16sHH")}
+
+
+class ProxyHeader(NamedTuple):
+    """What a header says."""
+
+    size: int                   # bytes
+    client: tuple[str, int] | None = None   # none: the balancer is the client
+    reached: str = ""           # the address that the client has connected to
+
+
+def parse_proxy_header(data: bytes) -> ProxyHeader | None:
+    """Read a header; None if more of it has to come.
+
+    Raises MalformedQuery if this is not the start of one.
+    """
+    if PROXY_2.startswith(data[:len(PROXY_2)]):
+        return parse_proxy_2(data)
+    if PROXY_1.startswith(data[:len(PROXY_1)]):
+        return parse_proxy_1(data)
+    raise MalformedQuery("no PROXY header")
+
+
+def parse_proxy_1(data: bytes) -> ProxyHeader | None:
+    line, end, _ = data[:MAX_PROXY_1].partition(b"\r\n")
+    if not end and len(data) < MAX_PROXY_1 and b"\n" not in line:
+        return None
+    match = PROXY_WORDS.fullmatch(line)
+    if not end or not match:
+        raise MalformedQuery("not a PROXY line")
+    size = len(line) + len(end)
+    if not match[1]:
+        return ProxyHeader(size)
+    family = socket.AF_INET if match[1] == b"4" else socket.AF_INET6
+    port = int(match[4])
+    try:
+        source = socket.inet_pton(family, match[2].decode())
+        reached = socket.inet_pton(family, match[3].decode())
+    except (OSError, ValueError):
+        raise MalformedQuery("bad address in a PROXY line") from None
+    if max(port, int(match[5])) > MAX_PORT:
+        raise MalformedQuery("bad port in a PROXY line")
+    return ProxyHeader(size, (address_from(family, source), port),
+                       address_from(family, reached))
+
+
+def parse_proxy_2(data: bytes) -> ProxyHeader | None:
+    start = len(PROXY_2) + 4
+    if len(data) < start:
+        return None
+    command, kind, length = struct.unpack_from("!BBH", data, len(PROXY_2))
+    family, transport = kind >> 4, kind & 15
+    size = start + length
+    if size > MAX_PROXY_2 or command != PROXY_LOCAL and (
+            command != PROXY_COMMAND or family > 3 or transport > 2):
+        raise MalformedQuery("not version 2 of a PROXY header")
+    if len(data) < size:
+        return None
+    if command == PROXY_LOCAL or not transport or family not in PROXY_LAYOUTS:
+        return ProxyHeader(size)
+    family, layout = PROXY_LAYOUTS[family]
+    if length < struct.calcsize(layout):
+        raise MalformedQuery("PROXY header without addresses")
+    source, reached, port, _ = struct.unpack_from(layout, data, start)
+    return ProxyHeader(size, (address_from(family, source), port),
+                       address_from(family, reached))
+
+
+def address_from(family: int, packed: bytes) -> str:
+    return plain_address(socket.inet_ntop(family, packed))
+
+
 # ---- Clients --------------------------------------------------------------
 
 # How a client is served.  FingerServer has one loop for all clients; a
@@ -1541,6 +1641,7 @@ class FingerHandler(socketserver.StreamRequestHandler):
     text: bytes | bytearray = b""       # of the line
     query: Query
     reply = GONE
+    reached = ""                # our address, where a PROXY header names it
     sent = discarded = 0        # bytes
     wait, deadline = NOTHING, 0.0
 
@@ -1559,7 +1660,7 @@ class FingerHandler(socketserver.StreamRequestHandler):
         try:
             try:
                 if self.server.answers.guarded:
-                    self.check_access()
+                    yield from self.check_access()
                 if self.is_crowded():
                     yield LATER
                     if self.is_crowded():
@@ -1590,19 +1691,54 @@ class FingerHandler(socketserver.StreamRequestHandler):
             yield CLOSE
 
     def check_access(self):
-        if not self.server.answers.allows(self.host):
+        """May this address ask?  A load balancer says first who asks."""
+        answers = self.server.answers
+        if answers.is_balancer(self.host):
+            self.count_for("")
+            yield from self.receive_header()
+        if self.key and not answers.allows(self.host):
             raise Refused(FIXED_REPLIES["denied"])
+
+    def receive_header(self):
+        """Take a PROXY header; be the client that it names."""
+        header = None
+        while not header:
+            try:
+                data = self.request.recv(MAX_PROXY_2, DONT_WAIT | PEEK)
+            except BlockingIOError:
+                yield READ
+                continue
+            if not data:
+                raise MalformedQuery if self.text else Refused(SILENCE)
+            start = len(self.text)
+            self.text += data
+            header = parse_proxy_header(bytes(self.text))
+            # The line behind the header stays in the socket.
+            self.request.recv(header.size - start if header else len(data))
+        self.text = b""
+        self.reached = header.reached
+        if header.client:
+            self.client_address = header.client
+            self.host = header.client[0]
+            self.count_for(address_key(self.host))
+
+    def count_for(self, key):
+        """Count this connection for another address, "" for nobody."""
+        self.server.hosts.add(self.key, -1)
+        self.server.hosts.add(key)
+        self.key = key
 
     def is_crowded(self):
         """Has the address more connections than it may have?"""
-        return (self.server.hosts[self.key]
-                > self.server.answers.limits.max_clients_per_host)
+        return self.key and (
+            self.server.hosts[self.key]
+            > self.server.answers.limits.max_clients_per_host)
 
     def check_rate(self):
         """Count a query, and refuse it if the address asks too often."""
         rate = self.server.answers.limits.queries_per_minute
-        if rate and self.server.rates.exceeded(self.key, rate,
-                                               time.monotonic()):
+        if rate and self.key and self.server.rates.exceeded(
+                self.key, rate, time.monotonic()):
             raise Refused(FIXED_REPLIES["limited"])
 
     def receive(self):
@@ -1615,6 +1751,8 @@ class FingerHandler(socketserver.StreamRequestHandler):
         if not self.line:
             if not data:
                 raise Refused(SILENCE)
+            if data.startswith(PROXY_2):
+                raise MalformedQuery("PROXY header of a stranger")
             self.text = plain_line(data, limit)
             if self.text:
                 return True
@@ -1628,13 +1766,14 @@ class FingerHandler(socketserver.StreamRequestHandler):
 
     def own_names(self):
         """Give the names of this host, and how the client has reached it."""
-        address = plain_address(self.request.getsockname()[0])
+        address = self.reached or plain_address(self.request.getsockname()[0])
         return self.server.answers.names | {address, f"[{address}]"}
 
     def overdue_reply(self):
         """Give the reply to a client whose time is over."""
         if self.wait is not ASK:
-            return FIXED_REPLIES["timeout" if self.line else "silent"]
+            started = self.line or self.text
+            return FIXED_REPLIES["timeout" if started else "silent"]
         state = "queued" if self.server.lookups.queues(self) else "asking"
         self.server.log.event(
             "warning", "failed", client=self.host,

@@ -1927,6 +1927,207 @@ class ForwardTest(unittest.TestCase):
             server.wait_log('reason="connection refused"')
 
 
+def proxy_2(kind=0x11, body=b"", command=0x21):
+    """Give a PROXY header of version 2."""
+    return fingerd.PROXY_2 + struct.pack("!BBH", command, kind,
+                                         len(body)) + body
+
+
+def proxied(client, port=4711, reached="192.0.2.1"):
+    """Give the PROXY headers, of both versions, for a client."""
+    family = socket.AF_INET6 if ":" in client else socket.AF_INET
+    addresses = [socket.inet_pton(family, text) for text in (client, reached)]
+    six = family == socket.AF_INET6
+    return (f"PROXY TCP{6 if six else 4} {client} {reached} {port} 79\r\n"
+            .encode(),
+            proxy_2(0x21 if six else 0x11, b"".join(addresses)
+                    + struct.pack("!HH", port, 79) + b"\x04\0\2no"))
+
+
+class ProxyTest(unittest.TestCase):
+    """What load balancers say with the PROXY protocol."""
+
+    def test_reads_a_header_however_it_is_cut(self):
+        v6 = ("2001:db8::5", 65535), "2001:db8::1"
+        v4 = ("192.0.2.7", 4711), "192.0.2.1"
+        for data, client, reached in [
+                *((data, *v4) for data in proxied("192.0.2.7")),
+                *((data, *v6) for data in proxied("2001:db8::5", 65535,
+                                                  "2001:db8::1")),
+                (b"PROXY TCP6 2001:DB8:0::5 2001:db8::1 65535 0\r\n", *v6),
+                (b"PROXY TCP6 ::ffff:192.0.2.7 ::ffff:192.0.2.1 4711 79\r\n",
+                 *v4),
+                (proxy_2(0x12, bytes([192, 0, 2, 7, 192, 0, 2, 1, 18, 103,
+                                      0, 79])), *v4),
+                (b"PROXY UNKNOWN\r\n", None, ""),
+                (b"PROXY UNKNOWN ff \xff" + b"f" * 87 + b"\r\n", None, ""),
+                (proxy_2(0x00), None, ""), (proxy_2(0x10, b"x"), None, ""),
+                (proxy_2(0x31, b"/" * 216), None, ""),
+                (proxy_2(0x11, b"x", command=0x20), None, ""),
+                (proxy_2(0xff, command=0x20), None, ""),
+                (proxy_2(0x00, b"x" * 4080), None, "")]:
+            with self.subTest(data=data):
+                for end in range(len(data)):
+                    self.assertIsNone(fingerd.parse_proxy_header(data[:end]))
+                for rest in (b"", b"alice\r\n"):
+                    self.assertEqual(
+                        fingerd.parse_proxy_header(data + rest),
+                        (len(data), client, reached))
+
+    def test_a_header_that_is_not_quite_one_is_malformed(self):
+        for data in [
+                b"alice\r\n", b"proxy UNKNOWN\r\n", b"PROXY  UNKNOWN\r\n",
+                b"PROXY UNKNOWN\n\r\n", b"PROXY UNKNOWNS\r\n",
+                b"PROXY UNKNOWN " + b"f" * 92 + b"\r\n", b"PROXY \r\n",
+                b"PROXY TCP4\r\n", b"PROXY TCP5 ::1 ::1 1 1\r\n",
+                *(b"PROXY TCP4 " + rest + b"\r\n" for rest in (
+                    b"192.0.2.7 192.0.2.1 4711", b"::1 ::1 1 1",
+                    b"192.0.2.7 192.0.2.1 4711 79 ",
+                    b"192.0.2.07 192.0.2.1 4711 79",
+                    b"192.0.2 192.0.2.1 4711 79",
+                    b"192.0.2.7 192.0.2.256 4711 79",
+                    b"192.0.2.7 192.0.2.1 65536 79",
+                    b"192.0.2.7 192.0.2.1 4711 65536",
+                    b"192.0.2.7 192.0.2.1 04711 79",
+                    b"192.0.2.7 192.0.2.1 -1 79",
+                    b"192.0.2.7 192.0.2.1 \xd9\xa1 79",
+                    b"192.0.2.7\0 192.0.2.1 4711 79", b"\xff \xff 1 1",
+                    b"192.0.2.7  192.0.2.1 4711 79")),
+                b"PROXY TCP6 192.0.2.7 192.0.2.1 1 1\r\n",
+                b"PROXY TCP6 fe80::1%lo ::1 1 1\r\n",
+                b"PROXY TCP6 2001:db8:::5 ::1 1 1\r\n",
+                proxy_2(0x11, b"x" * 11), proxy_2(0x21, b"x" * 35),
+                proxy_2(0x41, b"x" * 40), proxy_2(0x13, b"x" * 40),
+                proxy_2(0x11, b"x" * 12, command=0x22),
+                proxy_2(0x11, b"x" * 12, command=0x11),
+                proxy_2(0x00, b"x" * 4081),
+                fingerd.PROXY_2.replace(b"Q", b"q") + b"\x20\0\0\0"]:
+            with self.subTest(data=data):
+                with self.assertRaises(fingerd.MalformedQuery):
+                    fingerd.parse_proxy_header(data)
+                with self.assertRaises(fingerd.MalformedQuery):
+                    for end in range(len(data) + 1):
+                        self.assertIsNone(
+                            fingerd.parse_proxy_header(data[:end]))
+
+    @contextlib.contextmanager
+    def balanced(self, limits="", more=""):
+        with serving("[server]\nproxy_from = 127.0.0.1 192.0.2.0/24\n"
+                     f"{more}\n[limits]\n{limits}\n{USERS}") as server:
+            yield server
+
+    def test_the_client_of_the_header_is_the_one_in_the_log(self):
+        with self.balanced() as server:
+            for host in ("192.0.2.7", "2001:db8::7"):
+                reached = host[:-1] + "1"
+                own = f"[{reached}]" if ":" in reached else reached
+                query = f"moshez@{own}\r\n".encode()
+                for header in proxied(host, 4711, reached):
+                    whole = header + query
+                    for segments in (
+                            [whole], [header, query], [whole[:-3], whole[-3:]],
+                            [whole[:20], whole[20:]],
+                            [whole[i:i + 1] for i in range(len(whole))]):
+                        with self.subTest(segments=segments):
+                            self.assertEqual(server.ask(*segments), HAPPY)
+            server.wait_log("query", 20)
+            logged = [re.sub("^.* query|(?= outcome).*", "", line)
+                      for line in server.log()]
+            self.assertEqual(
+                sorted(logged),
+                [' client=192.0.2.7 port=4711 q="moshez@192.0.2.1"'] * 10
+                + [' client=2001:db8::7 port=4711'
+                   ' q="moshez@[2001:db8::1]"'] * 10)
+            wait_until(lambda: not server.server.hosts, "no client")
+
+    def test_allow_and_deny_go_by_the_header(self):
+        denied = b"Access denied\r\n"
+        with self.balanced(more="allow = 192.0.2.0/28\ndeny = 192.0.2.9"
+                           ) as server:
+            for host, reply in (("192.0.2.7", HAPPY), ("192.0.2.9", denied),
+                                ("192.0.2.19", denied)):
+                for header in proxied(host):
+                    self.assertEqual(server.ask(header + b"moshez\r\n"), reply)
+            for check in (b"PROXY UNKNOWN\r\n", proxy_2(0, command=0x20)):
+                self.assertEqual(server.ask(check + b"moshez\r\n"), HAPPY)
+            server.wait_log("client=127.0.0.1 .*outcome=answered", 2)
+
+    def test_limits_go_by_the_header_and_spare_health_checks(self):
+        limited = b"Too many queries, try again later\r\n"
+        check = b"PROXY UNKNOWN\r\n"
+        with self.balanced("max_clients_per_host = 1\nmax_clients = 9"
+                           "\nqueries_per_minute = 2"
+                           ) as server, contextlib.ExitStack() as stack:
+            def hold(data):
+                stack.enter_context(connect(server.address)).sendall(data)
+                holding.append(data)
+                wait_until(lambda: len(server.waiting(fingerd.READ))
+                           == len(holding), "the client to wait")
+            holding: list[bytes] = []
+            for data in (b"", b"PRO", check, check):
+                hold(data)
+            one, two = (proxied(host)[0] for host in ("192.0.2.7",
+                                                      "192.0.2.8"))
+            for _ in range(2):
+                self.assertEqual(server.ask(one + b"moshez\r\n"), HAPPY)
+            self.assertEqual(server.ask(one + b"moshez\r\n"), limited)
+            hold(two)
+            wait_until(lambda: server.server.hosts.get("192.0.2.8"), "it")
+            self.assertEqual(server.ask(two + b"moshez\r\n"), limited)
+            for _ in range(3):
+                self.assertEqual(server.ask(check + b"moshez\r\n"), HAPPY)
+            for _ in range(4):
+                hold(b"")
+            server.wait_log("full clients=9 limit=9")
+
+    def test_without_a_good_header_the_balancer_is_in_the_log(self):
+        malformed = b"Malformed query\r\n"
+        late = b"Query timed out\r\n"
+        with self.balanced("timeout = 0.1") as server:
+            for data, reply, logged in [
+                    (b"moshez\r\n", malformed, 'q="moshez.*" .*malformed'),
+                    (b"PROXY TCP4 x\r\n", malformed, "PROXY.*malformed"),
+                    (proxied("192.0.2.7")[0] * 2, malformed,
+                     "client=192.0.2.7 .*outcome=malformed"),
+                    (proxied("192.0.2.7")[1][:20], late, "QUIT.*=timeout"),
+                    (b"PROXY TCP4 192.0.2.7", late, "PROXY.*=timeout"),
+                    (b"", late, 'q="" outcome=silent')]:
+                with self.subTest(data=data):
+                    self.assertEqual(server.ask(data), reply)
+                    server.wait_log(logged)
+            for data, reply in ((b"", b""), (b"PROXY", malformed)):
+                with connect(server.address) as sock:
+                    sock.sendall(data)
+                    sock.shutdown(socket.SHUT_WR)
+                    self.assertEqual(read_all(sock), reply)
+            server.wait_log('q="PROXY" outcome=malformed')
+            others = [line for line in server.log() if "192.0.2.7 " not in line
+                      and "client=127.0.0.1 " not in line]
+            self.assertEqual(others, [])
+
+    def test_a_header_in_drops_does_not_keep_the_loop_busy(self):
+        with self.balanced() as server, connect(server.address) as sock:
+            sock.sendall(proxied("192.0.2.7")[0][:20])
+            wait_until(lambda: server.waiting(fingerd.READ), "the client")
+            handler, = server.waiting(fingerd.READ)
+            wait_until(lambda: len(handler.text) == 20, "its header")
+            sock.sendall(proxied("192.0.2.7")[0][20:30])
+            wait_until(lambda: len(handler.text) == 30, "more of it")
+            self.assertEqual(select.select([handler.request], [], [], 0)[0],
+                             [])
+
+    def test_a_header_of_a_stranger_is_a_malformed_query(self):
+        for more in ("", "proxy_from = 192.0.2.0/24"):
+            with serving(f"[server]\n{more}\n{USERS}") as server:
+                for data in (*proxied("192.0.2.7"), b"PROXY UNKNOWN\r\n",
+                             proxy_2(0, command=0x20)):
+                    self.assertEqual(server.ask(data + b"moshez\r\n"),
+                                     b"Malformed query\r\n")
+                server.wait_log("client=127.0.0.1 .*outcome=malformed", 4)
+                self.assertIn("No such user", server.ask(
+                    b"PROXY moshez\r\n").decode())
+
+
 class Stub:
     """Something that waits, where a handler would."""
 
