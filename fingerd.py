@@ -2501,14 +2501,21 @@ def open_listener(family: int, address: tuple[Any, ...]) -> Listener:
     return listener
 
 
+def count_passed() -> int:
+    """Count the sockets that systemd passes to us (sd_listen_fds(3))."""
+    number = os.environ.get("LISTEN_FDS", "")
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or (
+            not re.fullmatch("[0-9]{1,4}", number)):
+        return 0
+    return int(number)
+
+
 def passed_listeners() -> list[socket.socket]:
-    """Take the sockets that systemd has opened (sd_listen_fds(3))."""
-    pid = os.environ.pop("LISTEN_PID", "")
-    number = os.environ.pop("LISTEN_FDS", "")
-    os.environ.pop("LISTEN_FDNAMES", None)
-    if pid != str(os.getpid()) or not re.fullmatch("[0-9]{1,4}", number):
-        return []
-    return [passed_listener(fd) for fd in range(3, 3 + int(number))]
+    """Take the sockets that systemd has opened."""
+    passed = range(3, 3 + count_passed())
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(name, None)
+    return [passed_listener(fd) for fd in passed]
 
 
 def passed_listener(fd: int) -> Listener:
@@ -3255,18 +3262,16 @@ def join_values(argv: list[str]) -> list[str]:
 
 def settings_text() -> str:
     """List all settings with their defaults, section by section."""
-    rows = list(SETTINGS)
+    rows = [*SETTINGS, Setting("users", "NAME", "text", "TEXT",
+                               "a user, and the text about that user")]
     for name, cls in load_backends()[0].items():
         rows += [Setting(name, *row) for row in cls.settings or ()]
-    rows.append(Setting("users", "NAME", "text", "TEXT",
-                        "a user, and the text about that user"))
     lines = ["settings of the config file, and their defaults:"]
-    for section in dict.fromkeys(row.section for row in rows):
-        lines += ["", f"[{section}]"]
-        for row in rows:
-            if row.section == section:
-                lines += [f"  {row.name} = {row.default}".rstrip(),
-                          f"        {row.help}"]
+    for row in rows:
+        if f"[{row.section}]" not in lines:
+            lines += ["", f"[{row.section}]"]
+        lines += [f"  {row.name} = {row.default}".rstrip(),
+                  f"        {row.help}"]
     return "\n".join(lines)
 
 
@@ -3287,11 +3292,13 @@ def find_config(path: str | None) -> str:
                       " with --config")
 
 
-def print_reply(config: Any, log: Log, line: str, client: str) -> int:
+def print_reply(args: Any, log: Log, reader: Callable[..., Any]) -> int:
     """Print what a client would get for a line; 1 if a backend failed."""
     import ipaddress  # not needed to serve
+    config = reader(find_config(args.config))
+    client = plain_address(
+        "127.0.0.1" if args.address is None else args.address)
     try:
-        client = plain_address(client)
         ipaddress.ip_address(client)
     except ValueError:
         raise ConfigError(f'--from: "{client}" is not an address; write'
@@ -3301,31 +3308,38 @@ def print_reply(config: Any, log: Log, line: str, client: str) -> int:
     if ids:                     # no program is run as root
         load_late_imports()
         drop_privileges(*ids)
-    text = QueryLine(config.limits.max_query)
-    reply = FIXED_REPLIES["denied"]
-    if site.allows(client):
-        try:
-            if not text.add(os.fsencode(line)):
-                text.add(b"")
-            reply = site.answer(
-                parse_query(bytes(text.text), lambda: site.names), client,
-                time.monotonic() + config.limits.timeout)
-        except MalformedQuery:
-            reply = FIXED_REPLIES["malformed"]
-        except LineTooLong:
-            reply = FIXED_REPLIES["too-long"]
+    reply = answer_line(site, os.fsencode(args.query) + b"\n", client)
     say(reply.data)
     return 1 if reply.outcome == "failed" else 0
 
 
-def control(args: types.SimpleNamespace,
-            reader: Callable[..., Any]) -> int:
+def answer_line(site: Answers, line: bytes, client: str) -> Reply:
+    """Give the reply to a line, as FingerHandler does."""
+    if not site.allows(client):
+        return FIXED_REPLIES["denied"]
+    text = QueryLine(site.limits.max_query)
+    try:
+        text.add(line)
+        query = parse_query(bytes(text.text), lambda: site.names)
+        return site.answer(query, client,
+                           time.monotonic() + site.limits.timeout)
+    except MalformedQuery:
+        return FIXED_REPLIES["malformed"]
+    except LineTooLong:
+        return FIXED_REPLIES["too-long"]
+
+
+def control(args: Any, reader: Callable[..., Any]) -> int:
     """Act on the running daemon; give the exit status.
 
     A pidfile is enough: the config may have errors by now.
     """
-    config, pidfile, errors = read_for_control(args.config, reader)
-    pidfile = args.pidfile or pidfile
+    errors = ""
+    try:
+        config = reader(find_config(args.config))
+    except ConfigError as error:
+        config, errors = error.config, str(error)
+    pidfile = args.pidfile or (config.daemon.pidfile if config else "")
     if not pidfile:
         raise ConfigError(errors or "no pidfile is configured; set pidfile in"
                                     " [daemon], or give --pidfile")
@@ -3333,20 +3347,9 @@ def control(args: types.SimpleNamespace,
     if args.status:
         return print_status(path)
     if args.reload:
-        return send_reload(path, config, errors)
-    stop_daemon(path, config.limits.timeout if config else DEFAULT_TIMEOUT)
+        return reload_daemon(path, config, errors)
+    stop_daemon(path, DEFAULT_TIMEOUT if errors else config.limits.timeout)
     return 0
-
-
-def read_for_control(path: str | None, reader: Callable[..., Any]
-                     ) -> tuple[Any, str, str]:
-    """Give the config or None, its pidfile if that is good, and the errors."""
-    try:
-        config = reader(find_config(path))
-    except ConfigError as error:
-        known = error.config
-        return None, known.daemon.pidfile if known else "", str(error)
-    return config, config.daemon.pidfile, ""
 
 
 def print_status(path: str) -> int:
@@ -3358,38 +3361,33 @@ def print_status(path: str) -> int:
         return 4
     if pid:
         say(f"fingerd is running, pid {pid}\n".encode())
-    elif number:
+        return 0
+    if number:
         say(f"fingerd has died; it was pid {number}\n".encode())
-    else:
-        say(b"fingerd is not running\n")
-    return 0 if pid else 1 if number else 3
+        return 1
+    say(b"fingerd is not running\n")
+    return 3
 
 
-def send_reload(path: str, config: Any, errors: str) -> int:
+def reload_daemon(path: str, config: Any, errors: str) -> int:
     """Have the daemon reload; give 1 if that fails, as far as we know."""
     if errors:
         complain(errors)
     pid, _ = find_daemon(path)
-    if not pid:
-        say(b"fingerd is not running\n")
-        return 1
-    if config:
+    if pid and not errors:
         errors = unreadable_config(config, process_ids(pid))
         if errors:
             complain(errors)
     send_signal(pid, signal.SIGHUP)
-    return 1 if errors else 0
+    return 1 if errors or not pid else 0
 
 
 def stop_daemon(path: str, timeout: float) -> None:
     """Stop the daemon, and wait until nobody, or another, has its pidfile."""
     pid, _ = find_daemon(path)
-    if not pid:
-        say(b"fingerd is not running\n")
-        return
     send_signal(pid, signal.SIGTERM)
     until = time.monotonic() + timeout + STOP_WAIT
-    while find_daemon(path)[0] == pid:
+    while pid and find_daemon(path)[0] == pid:
         if time.monotonic() > until:
             raise StartError(f"pid {pid} has not ended in"
                              f" {timeout + STOP_WAIT:.0f} seconds")
@@ -3397,11 +3395,27 @@ def stop_daemon(path: str, timeout: float) -> None:
 
 
 def send_signal(pid: int, number: int) -> None:
+    """Signal the daemon; if its pid is 0, say that it does not run."""
+    if not pid:
+        say(b"fingerd is not running\n")
+        return
     try:
         os.kill(pid, number)
     except OSError as error:
         raise StartError(f"cannot signal pid {pid}:"
                          f" {reason(error)}") from None
+
+
+def serve_inetd(args: Any, log: Log, reader: Callable[..., Any]) -> None:
+    """Serve the connection that inetd(8) has accepted."""
+    sock = take_inetd_socket()
+    try:
+        config = reader(find_config(args.config))
+        close_inherited()
+        Daemon(config, log, reader).serve_inetd(sock)
+    except (ConfigError, StartError) as error:
+        refuse_for_inetd(sock, log, error)
+        raise
 
 
 def take_inetd_socket() -> socket.socket:
@@ -3435,10 +3449,9 @@ def refuse_for_inetd(sock: socket.socket, log: Log, error: Exception) -> None:
         sock.shutdown(socket.SHUT_WR)
         while sock.recv(4096):      # a close with bytes unread is a reset
             pass
-    defaults = {row.name: row.default for row in SETTINGS
-                if row.section == "log"}
+    config = convert_core({}, {"to": "syslog"}, None, Notes())
     with contextlib.suppress(OSError):
-        log.open(types.SimpleNamespace(**{**defaults, "to": "syslog"}))
+        log.open(config.log)
         for line in str(error).splitlines():
             log.event("error", "not-started", reason=line)
 
@@ -3448,6 +3461,8 @@ def write_bundle(path: str) -> None:
 
     It holds them compiled, too, for a quicker start on the same Python.
     """
+    import compileall
+    import pathlib
     import py_compile
     import tempfile
     import zipapp
@@ -3455,22 +3470,20 @@ def write_bundle(path: str) -> None:
     if failure:
         raise ConfigError(f"--bundle: {failure}")
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, \
+                open(path, "wb") as bundle:
             for name, module in [("fingerd", __name__),
                                  ("fingerd_backends", "fingerd_backends")]:
                 loader: Any = sys.modules[module].__loader__
-                source = os.path.join(folder, f"{name}.py")
-                with open(source, "w", encoding="utf-8") as file:
-                    file.write(loader.get_source(module))
-                py_compile.compile(
-                    source, f"{source}c", f"{name}.py", doraise=True,
-                    invalidation_mode=(
-                        py_compile.PycInvalidationMode.UNCHECKED_HASH))
-            with open(path, "wb") as bundle:
-                zipapp.create_archive(folder, bundle, "/usr/bin/env python3",
-                                      "fingerd:run", compressed=True)
-                if stat.S_ISREG(os.fstat(bundle.fileno()).st_mode):
-                    os.fchmod(bundle.fileno(), 0o755)
+                pathlib.Path(folder, f"{name}.py").write_text(
+                    loader.get_source(module), "utf-8")
+            compileall.compile_dir(
+                folder, ddir="", quiet=2, legacy=True, invalidation_mode=(
+                    py_compile.PycInvalidationMode.UNCHECKED_HASH))
+            zipapp.create_archive(folder, bundle, "/usr/bin/env python3",
+                                  "fingerd:run", compressed=True)
+            if stat.S_ISREG(os.fstat(bundle.fileno()).st_mode):
+                os.fchmod(bundle.fileno(), 0o755)
     except OSError as error:
         raise StartError(f"cannot write the bundle: {reason(error)}"
                          ) from None
@@ -3480,59 +3493,47 @@ def carry_out(args: Any, log: Log) -> int:
     """Do what the options say; give the exit status."""
     if args.address is not None and args.query is None:
         raise ConfigError("--from: goes with --query only")
+    reader = make_reader(args, log)
     if args.version:
         say(f"fingerd {__version__}\n".encode())
     elif args.help:
         say(f"{make_parser().format_help()}\n{settings_text()}\n".encode())
     elif args.bundle is not None:
         write_bundle(args.bundle)
+    elif args.status or args.reload or args.stop:
+        return control(args, reader)
+    elif args.query is not None:
+        return print_reply(args, log, reader)
     elif args.inetd and not args.check:
-        return serve_inetd(args, log)
+        serve_inetd(args, log, reader)
     else:
-        return run_config(args, log)
+        check_and_start(args, log, reader)
     return 0
 
 
-def serve_inetd(args: Any, log: Log) -> int:
-    """Serve the connection that inetd(8) has accepted."""
-    sock = take_inetd_socket()
-    try:
-        return run_config(args, log, sock)
-    except (ConfigError, StartError) as error:
-        refuse_for_inetd(sock, log, error)
-        raise
-
-
-def run_config(args: Any, log: Log, sock: socket.socket | None = None) -> int:
-    """Read the config, and do what needs it; give the exit status."""
+def make_reader(args: Any, log: Log) -> Callable[..., Any]:
+    """Make a reader of configs that the options override."""
     def report(backend: str, text: str, level: str = "warning") -> None:
         log.event(level, "backend", name=backend, text=text)
 
     overrides = {row.name: getattr(args, row.name) for row in SETTINGS
                  if getattr(args, row.name, None) is not None}
-    read = functools.partial(read_config, report=report, overrides=overrides)
-    if args.status or args.stop or args.reload:
-        return control(args, read)
+    return functools.partial(read_config, report=report, overrides=overrides)
+
+
+def check_and_start(args: Any, log: Log, reader: Callable[..., Any]) -> None:
+    """Warn of what may be meant otherwise; with --check, no more."""
     path = find_config(args.config)
-    config = read(path)
-    if args.query is not None:
-        client = "127.0.0.1" if args.address is None else args.address
-        return print_reply(config, log, args.query, client)
-    if args.inetd and not args.check:
-        close_inherited()
-    if sock:
-        Daemon(config, log, read).serve_inetd(sock)
-        return 0
+    config = reader(path)
     for warning in [*config.warnings, *find_useless(config, args.inetd),
                     lost_log(config), unreadable_config(config)]:
         if warning:
             complain(warning)
     if args.check:
         say(to_wire(f"{path} is good").replace(b"\r", b""))
-        return 0
+        return
     close_inherited()
-    Daemon(config, log, read).start_and_serve()
-    return 0
+    Daemon(config, log, reader).start_and_serve()
 
 
 def find_useless(config: Any, inetd: bool) -> list[str]:
@@ -3544,19 +3545,10 @@ def find_useless(config: Any, inetd: bool) -> list[str]:
         for name in ("max_clients_per_host", "queries_per_minute"):
             useless[name] = "does nothing under inetd; set limits in inetd"
     warnings = Notes()
-    for name, why in useless.items():
-        line = config.lines.get(name)
-        if line is not None:
-            warnings.add(line, f"{name if line else '--' + name}: {why}")
+    for name in useless.keys() & config.lines.keys():
+        line = config.lines[name]
+        warnings.add(line, f"{'' if line else '--'}{name}: {useless[name]}")
     return warnings.texts(config.path)
-
-
-def count_passed() -> int:
-    """Count the sockets that systemd passes to us (sd_listen_fds(3))."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()):
-        return 0
-    number = os.environ.get("LISTEN_FDS", "")
-    return int(number) if re.fullmatch("[0-9]{1,4}", number) else 0
 
 
 def close_inherited() -> None:
