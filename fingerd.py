@@ -633,6 +633,7 @@ KINDS: dict[str, Callable[[str], Any]] = {
     "octal": to_mask,
     "format": one_of("text", "json"),
     "level": one_of(*LEVELS),
+    "part": one_of("full", "network", "none"),
 }
 
 # Rows are name, kind, default, help, and the options of the command line.
@@ -692,6 +693,8 @@ CORE: dict[str, tuple[tuple[str, ...], ...]] = {
          "word before each line on stderr and in syslog", "--prefix"),
         ("syslog_address", "syslog", "/dev/log",
          "socket of syslog, or host:port for UDP"),
+        ("client", "part", "full",
+         "what is kept of a client's address: full, network, none"),
     ),
 }
 SETTINGS = tuple(Setting(section, name, kind, default, text, tuple(flags))
@@ -1018,9 +1021,11 @@ def suggest(word: str, choices: list[str]) -> str:
 
 # ---- Log ------------------------------------------------------------------
 
+SEVERITY = {level: 7 - number       # as syslog(3) counts
+            for number, level in enumerate(LEVELS)}
 MAX_SYSLOG = 8192       # bytes of a message; rsyslog takes no more
 HEAD = 64               # bytes in front of a line, at most
-SHORT = 64              # bytes of a query whose quoted form is remembered
+SHORT = 64              # bytes of a query that fits into any line
 QUOTED = re.compile(r'[^ !#-\[\]-~]')   # what an escape must stand for
 PLAIN = re.compile(r'[!#-<>-\[\]-~]*')  # a value that needs no quotes
 
@@ -1041,7 +1046,6 @@ def escape(match: re.Match[str]) -> str:
                    for byte in character.encode("utf-8", "surrogatepass"))
 
 
-@functools.lru_cache(maxsize=256)
 def quote_line(line: bytes) -> str:
     """Quote what a client has sent, without its end."""
     return quote(line.decode("utf-8", "surrogateescape"))
@@ -1054,20 +1058,47 @@ def utc_time(second: int) -> str:
 
 
 def format_text(event: str, fields: dict[str, Any]) -> str:
-    """Format an event as key=value; a query is always in quotes."""
+    """Format an event as key=value; bytes are always in quotes."""
     words = [event]
     for key, value in fields.items():
-        text = str(value)
-        plain = key != "q" and PLAIN.fullmatch(text)
-        words.append(f"{key}={text if plain else quote(text)}")
+        if isinstance(value, bytes):
+            text = quote_line(value)
+        else:
+            text = str(value)
+            text = text if PLAIN.fullmatch(text) else quote(text)
+        words.append(f"{key}={text}")
     return " ".join(words)
 
 
 def format_json(event: str, fields: dict[str, Any]) -> str:
     """Format an event as JSON, the time first."""
     import json  # text has no use for it
-    return json.dumps({"time": utc_time(int(time.time())), "event": event,
-                       **fields})
+    return json.dumps(
+        {"time": utc_time(int(time.time())), "event": event, **fields},
+        default=lambda line: line.decode("utf-8", "backslashreplace"))
+
+
+def network_of(host: str) -> str:
+    """Give the IPv4 /24 or the IPv6 /48 of an address."""
+    if ":" not in host:
+        return re.sub(r"\.[0-9]+$", ".0/24", host)
+    packed = socket.inet_pton(socket.AF_INET6, host)
+    return socket.inet_ntop(socket.AF_INET6, packed[:6] + bytes(10)) + "/48"
+
+
+FORMATS = {"text": format_text, "json": format_json}
+# What to write for the address of a client, where not all of it.
+HIDERS: dict[str, Callable[[str], str] | None] = {
+    "full": None, "network": network_of, "none": lambda host: "-"}
+
+
+def is_journal() -> bool:
+    """Is stderr systemd's journal?  See systemd.exec(5), JOURNAL_STREAM.
+
+    A line there begins with its severity: see sd-daemon(3).
+    """
+    info = os.fstat(2)
+    return os.environ.get("JOURNAL_STREAM") == f"{info.st_dev}:{info.st_ino}"
 
 
 class LogFile:
@@ -1079,6 +1110,7 @@ class LogFile:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self.journal = fd == 2 and is_journal()
         self.limit = sys.maxsize        # bytes of a line
         self.pipe_poll: Any = None
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -1145,6 +1177,7 @@ class Log:
         self.lock = threading.Lock()    # held from a line's format to its end
         self.level = INFO
         self.format = format_text
+        self.hide = HIDERS["full"]
         self.facility = 0
         self.prefix = "fingerd"
         self.output: LogFile | Syslog = LogFile(2)
@@ -1167,8 +1200,8 @@ class Log:
         with self.lock:
             self.output = output
             self.level = LEVELS.index(settings.level)
-            self.format = (format_json if settings.format == "json"
-                           else format_text)
+            self.format = FORMATS[settings.format]
+            self.hide = HIDERS[settings.client]
             self.facility = FACILITIES.index(settings.facility)
             self.prefix = settings.prefix
         if output is not old:
@@ -1183,27 +1216,32 @@ class Log:
     def event(self, level: str, event: str, **fields: Any) -> None:
         """Write a line if its level is wanted, the fields in their order."""
         if LEVELS.index(level) >= self.level:
+            if self.hide and "client" in fields:
+                fields["client"] = self.hide(fields["client"])
             with self.lock:
                 self.write(level, self.fit(event, fields))
 
     def query(self, host: str, port: int, line: bytes, reply: Reply,
               sent: int, ms: int) -> None:
-        """Write the line of a connection: bytes sent, milliseconds it took."""
+        """Write the line of a connection: bytes sent, milliseconds it took.
+
+        What is hidden of an address a port could give away: it is 0 then.
+        """
         if self.level > INFO:
             return
-        if self.format is format_text and len(line) <= SHORT:
-            text = (f"query client={host} port={port} q={quote_line(line)}"
-                    f" outcome={reply.outcome} backend={reply.backend}"
-                    f" bytes={sent} ms={ms}")
-            with self.lock:
-                self.write("info", text)
-            return
-        json = self.format is format_json
-        q = line.decode(
-            "utf-8", "backslashreplace" if json else "surrogateescape")
-        self.event("info", "query", client=host, port=port, q=q,
-                   outcome=reply.outcome, backend=reply.backend, bytes=sent,
-                   ms=ms)
+        if self.hide:
+            host, port = self.hide(host), 0
+        with self.lock:
+            if self.format is format_text and len(line) <= SHORT:
+                text = (f"query client={host} port={port} q={quote_line(line)}"
+                        f" outcome={reply.outcome} backend={reply.backend}"
+                        f" bytes={sent} ms={ms}")
+            else:
+                text = self.fit("query", {
+                    "client": host, "port": port, "q": line,
+                    "outcome": reply.outcome, "backend": reply.backend,
+                    "bytes": sent, "ms": ms})
+            self.write("info", text)
 
     def fit(self, event: str, fields: dict[str, Any]) -> str:
         """Format an event; cut its longest value until the line fits."""
@@ -1211,7 +1249,8 @@ class Log:
         limit = self.output.limit - HEAD
         while len(line) > limit and any(fields.values()):
             key = max(fields, key=lambda key: len(str(fields[key])))
-            text = str(fields[key])
+            value = fields[key]
+            text = value if isinstance(value, bytes) else str(value)
             fields[key] = text[:len(text) * limit // len(line)]
             line = self.format(event, fields)
         return line
@@ -1228,16 +1267,19 @@ class Log:
             self.lost += 1
 
     def add_head(self, level: str, line: str) -> bytes:
-        """Put time or prefix in front; JSON has the time in it."""
+        """Put in front what the output wants; JSON has the time in it."""
         if isinstance(self.output, Syslog):
-            severity = 7 - LEVELS.index(level)      # as syslog(3) counts
-            line = (f"<{self.facility * 8 + severity}>"
-                    f"{self.prefix}[{os.getpid()}]: {line}")
-        elif self.format is format_text and self.output.fd == 2:
-            line = f"{self.prefix}: {line}"
-        elif self.format is format_text:
-            line = f"{utc_time(int(time.time()))} {line}"
-        return line.encode("ascii", "backslashreplace")
+            head = (f"<{self.facility * 8 + SEVERITY[level]}>"
+                    f"{self.prefix}[{os.getpid()}]: ")
+        elif self.output.journal:       # which names the program itself
+            head = f"<{SEVERITY[level]}>"
+        elif self.format is format_json:
+            head = ""
+        elif self.output.fd == 2:
+            head = f"{self.prefix}: "
+        else:
+            head = f"{utc_time(int(time.time()))} "
+        return (head + line).encode("ascii", "backslashreplace")
 
 
 # ---- Answers --------------------------------------------------------------
@@ -3528,7 +3570,7 @@ def check_and_start(args: Any, log: Log, reader: Callable[..., Any]) -> None:
     for warning in [*config.warnings, *find_useless(config, args.inetd),
                     lost_log(config), unreadable_config(config)]:
         if warning:
-            complain(warning)
+            complain(warning, "warning")
     if args.check:
         say(to_wire(f"{path} is good").replace(b"\r", b""))
         return
@@ -3578,10 +3620,11 @@ def say(data: bytes) -> None:
         raise StartError(f"cannot print: {reason(error)}") from None
 
 
-def complain(text: str) -> None:
+def complain(text: str, level: str = "error") -> None:
     """Write to stderr, each line with the program's name in front."""
+    head = f"<{SEVERITY[level]}>" if is_journal() else "fingerd: "
     for line in text.split("\n"):
-        data = to_wire(f"fingerd: {line}").replace(b"\r\n", b"\n")
+        data = to_wire(head + line).replace(b"\r\n", b"\n")
         with contextlib.suppress(OSError):
             os.write(2, data)
 

@@ -1157,7 +1157,8 @@ class LogTest(unittest.TestCase):
             log = fingerd.Log()
             log.path = path
             values = {"to": path, "format": "text", "level": "info",
-                      "facility": "daemon", "prefix": "fingerd"}
+                      "facility": "daemon", "prefix": "fingerd",
+                      "client": "full"}
             log.open(fingerd.types.SimpleNamespace(**{**values, **settings}))
             write(log)
             log.close()
@@ -1331,13 +1332,58 @@ class LogTest(unittest.TestCase):
         self.assertRegex(text, "^[^ ]+ x a=b$")
         self.assertEqual(json.loads(line)["event"], "y")
 
-    def test_keeps_no_long_lines_that_were_asked(self):
-        log = fingerd.Log()
-        with mock.patch.object(log, "write"):
-            before = fingerd.quote_line.cache_info().currsize
-            log.query("h", 1, b"l" * 5000, fingerd.FIXED_REPLIES["unknown"],
-                      0, 0)
-        self.assertEqual(fingerd.quote_line.cache_info().currsize, before)
+    def test_keeps_no_lines_that_were_asked(self):
+        def write(log):
+            tracemalloc.start()
+            self.addCleanup(tracemalloc.stop)
+            for number in range(300):
+                log.query("h", 1, b"%0*d" % (number % 2 * 4900 + 50, number),
+                          fingerd.FIXED_REPLIES["unknown"], 0, 0)
+            self.assertLess(tracemalloc.get_traced_memory()[0], 20_000)
+        self.assertEqual(len(self.lines(write)), 300)
+
+    def test_keeps_of_an_address_what_it_is_told(self):
+        def write(log, host):
+            for line in (b"a", b"a" * 500):     # short ones have a way
+                log.query(host, 51123, line, fingerd.GONE, 0, 0)
+            for event in ("failed", "bug"):
+                log.event("error", event, client=host, reason="x")
+        for client, host, kept in [
+                ("full", "192.0.2.7", "192.0.2.7"),
+                ("full", "2001:db8::1:0:7", "2001:db8::1:0:7"),
+                ("network", "192.0.2.7", "192.0.2.0/24"),
+                ("network", "2001:db8:1:2::7", "2001:db8:1::/48"),
+                ("network", "2001:db8::7", "2001:db8::/48"),
+                ("network", "::1", "::/48"),
+                ("network", "unknown", "unknown"),
+                ("none", "192.0.2.7", "-"), ("none", "2001:db8::7", "-")]:
+            port = 51123 if client == "full" else 0
+            with self.subTest(client=client, host=host):
+                said = functools.partial(write, host=host)
+                for line in self.lines(said, client=client):
+                    self.assertIn(f" client={kept} ", line)
+                    self.assertRegex(line, f" (port={port}|reason=x)( |$)")
+                for line in self.lines(said, client=client, format="json"):
+                    event = json.loads(line)
+                    self.assertEqual(
+                        (event["client"], event.get("port", port)),
+                        (kept, port))
+
+    @needs_more_addresses
+    def test_limits_and_networks_see_what_the_log_does_not_keep(self):
+        with serving("[server]\ndeny = 127.0.0.3\n[limits]\n"
+                     "queries_per_minute = 1\n[log]\nclient = none\n"
+                     + USERS) as server:
+            replies = []
+            for host in ("127.0.0.1", "127.0.0.1", "127.0.0.2", "127.0.0.3"):
+                with connect(server.address, host) as sock:
+                    sock.sendall(b"moshez\r\n")
+                    replies.append(read_all(sock))
+            self.assertEqual(replies, [
+                HAPPY, b"Too many queries, try again later\r\n", HAPPY,
+                b"Access denied\r\n"])
+            server.wait_log("query client=- port=0 ", 4)
+            self.assertNotIn("127.0.0", "\n".join(server.log()))
 
     def test_keeps_the_old_file_when_a_new_one_cannot_be_opened(self):
         def write(log):
@@ -4267,6 +4313,57 @@ class ServiceManagerTest(unittest.TestCase):
                     (done.returncode, done.stderr),
                     (1, f"fingerd: LISTEN_FDS: descriptor 3 is not {message}"
                         "\n"))
+
+    @contextlib.contextmanager
+    def journal(self, path, *args):
+        """Run the program with a file for the journal; give both."""
+        with tempfile.TemporaryFile("w+") as file:
+            info = os.fstat(file.fileno())
+            with subprocess.Popen(
+                    fingerd_command("--config", path, *args), stderr=file,
+                    stdout=subprocess.DEVNULL, env={
+                        **os.environ, "JOURNAL_STREAM":
+                        f"{info.st_dev}:{info.st_ino}"}) as process:
+                def read():
+                    return os.pread(file.fileno(), 65536, 0).decode()
+                try:
+                    yield process, read
+                finally:
+                    process.kill()
+
+    def test_lines_for_the_journal_carry_their_priority(self):
+        with config_file(USERS) as path:
+            for form, ready in [
+                    ("text", r"<5>ready listen=127\.0\.0\.1:(\d+) "),
+                    ("json", r'<5>{"time": .* "listen": "127.0.0.1:(\d+)"')]:
+                with self.subTest(format=form):
+                    pathlib.Path(path).write_text(
+                        f"[log]\nformat = {form}\n[web]\n" + USERS)
+                    with self.journal(path, "--listen", "127.0.0.1:0",
+                                      "--prefix", "who") as (process, read):
+                        wait_until(lambda read=read: "ready" in read(), "it")
+                        port = int(re.search(ready, read())[1])
+                        self.assertEqual(ask(("127.0.0.1", port),
+                                             b"moshez\r\n"), HAPPY)
+                        process.terminate()
+                        self.assertEqual(process.wait(HANG), 0)
+                        lines = read().splitlines()
+                    self.assertEqual(
+                        [line[:3] for line in lines if "as root" not in line],
+                        ["<4>", "<5>", "<6>", "<5>"])   # a warning is first
+                    self.assertNotRegex("\n".join(lines), "(fingerd|who): ")
+
+    def test_errors_for_the_journal_carry_their_priority(self):
+        with config_file("[nonsense]\n") as path:
+            with self.journal(path, "--check") as (process, read):
+                self.assertEqual(process.wait(HANG), 2)
+                first, last = read().splitlines()
+            self.assertIn(f"<3>{path}:1: [nonsense]", first)
+            self.assertEqual(last, f"<3>1 error in {path}, not started")
+
+    def test_another_stderr_than_the_journal_gets_the_usual_lines(self):
+        with daemon(env={**os.environ, "JOURNAL_STREAM": "1:2"}) as program:
+            program.wait_line("^fingerd: ready ")
 
     @contextlib.contextmanager
     def inetd(self, text, *args):
