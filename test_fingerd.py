@@ -6,6 +6,7 @@ Real sockets, real processes, loopback only; no root and no network needed.
 
 from __future__ import annotations
 
+import atexit
 import codecs
 import contextlib
 import ctypes
@@ -44,6 +45,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import traceback
 import tracemalloc
 import types
 import unittest
@@ -107,6 +109,12 @@ def has_ipv6():
     return True
 
 
+def needs_proc(test):
+    """Skip a test that looks at the process from outside."""
+    return unittest.skipUnless(os.path.exists("/proc/self/status"),
+                               "no /proc here")(test)
+
+
 def needs_root(test):
     """Skip a test of what only root can do."""
     return unittest.skipUnless(os.geteuid() == 0, "needs root")(test)
@@ -155,6 +163,12 @@ def wait_until(condition, what):
         time.sleep(0.005)
 
 
+def free_port():
+    """Give a port of 127.0.0.1 that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
 @contextlib.contextmanager
 def config_file(text, name="fingerd.conf"):
     """Write a config into a directory of its own; give its path."""
@@ -180,17 +194,39 @@ def open_descriptors():
     return set()
 
 
-class Serving:
-    """A server in a thread: its address, and its log."""
+class Logged:
+    """Whatever writes a log that a test reads."""
 
-    def __init__(self, server, log_path):
-        self.server = server
-        self.address = server.door.listeners[0].getsockname()
+    def __init__(self, log_path):
         self.log_path = log_path
 
+    def has_ended(self):
+        """Will it write no more?"""
+        return False
+
     def log(self):
-        with open(self.log_path, encoding="ascii") as file:
-            return file.read().splitlines()
+        """Give the lines that are there."""
+        if not os.path.exists(self.log_path):
+            return []
+        return pathlib.Path(self.log_path).read_text("ascii").splitlines()
+
+    def wait_log(self, pattern, times=1):
+        """Wait until that many lines match; give the last."""
+        def found():
+            return [line for line in self.log() if re.search(pattern, line)]
+        wait_until(lambda: self.has_ended() or len(found()) >= times, pattern)
+        if len(found()) < times:
+            raise AssertionError(f"no {pattern} in {self.log()}")
+        return found()[-1]
+
+
+class Serving(Logged):
+    """A server in a thread of this process."""
+
+    def __init__(self, server, log_path):
+        super().__init__(log_path)
+        self.server = server
+        self.address = server.door.listeners[0].getsockname()
 
     def waiting(self, wait):
         """List the handlers that wait for this."""
@@ -198,13 +234,6 @@ class Serving:
 
     def ask(self, *segments):
         return ask(self.address, *segments)
-
-    def wait_log(self, pattern, times=1):
-        """Wait until that many lines match; give the last."""
-        wait_until(lambda: sum(bool(re.search(pattern, line))
-                               for line in self.log()) >= times,
-                   f"{pattern} in the log")
-        return [line for line in self.log() if re.search(pattern, line)][-1]
 
 
 @contextlib.contextmanager
@@ -236,99 +265,203 @@ def serving(text=USERS, backends=(), listen="127.0.0.1:0"):
                "threads and descriptors to be as before")
 
 
-class Daemon:
-    """The program in a process of its own, with what it says on stderr."""
-
-    def __init__(self, process):
-        self.process = process
-        self.pid = process.pid
-        self.lines = []
-        self.reader = threading.Thread(target=self.read)
-        self.reader.start()
-
-    def read(self):
-        for line in self.process.stderr:
-            self.lines.append(line.rstrip("\n"))
-
-    def wait_line(self, pattern, times=1):
-        """Wait until that many lines match; give the last one's match."""
-        def found():
-            return [match for match in (re.search(pattern, line)
-                                        for line in list(self.lines)) if match]
-        wait_until(lambda: len(found()) >= times
-                   or not self.reader.is_alive(), pattern)
-        if len(found()) < times:
-            raise AssertionError(f"no {pattern} in {self.lines}")
-        return found()[-1]
-
-    @property
-    def address(self):
-        """Where it listens first; waits until it does."""
-        host, port = self.wait_line(r"ready listen=([\d.]+):(\d+)").groups()
-        return host, int(port)
-
-    def stop(self, number=signal.SIGTERM):
-        """Send a signal; give the exit status."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        return self.process.wait(HANG)
-
-
 def fingerd_command(*args):
     """Give the words that run the program on this Python."""
     return [sys.executable, *(f"-W{option}" for option in sys.warnoptions),
             str(PROGRAM), *args]
 
 
-def run_fingerd(*args, cwd=None):
+class Fork:
+    """The program in a fork of this process, with the methods of a Popen.
+
+    A Python of its own takes ten times as long to start.
+    """
+
+    def __init__(self, args, stdin=subprocess.DEVNULL, stdout=None,
+                 stderr=None, cwd=None, preexec_fn=None, keep=()):
+        self.returncode = None
+        null = os.open(os.devnull, os.O_RDWR)
+        streams = [null if file in (None, subprocess.DEVNULL) else
+                   file if isinstance(file, int) else file.fileno()
+                   for file in (stdin, stdout, stderr)]
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                gc.freeze()     # no socket of the test is to be closed late
+                for number, fd in enumerate(streams):
+                    os.dup2(fd, number)
+                if cwd:
+                    os.chdir(cwd)
+                if preexec_fn:
+                    preexec_fn()
+                for fd in map(int, open_descriptors()):
+                    if fd > 2 and fd not in keep:
+                        with contextlib.suppress(OSError):
+                            os.close(fd)
+                atexit._clear()
+                status = fingerd.main(list(args))
+                atexit._run_exitfuncs()
+                os._exit(status)
+            except BaseException:
+                os.write(2, traceback.format_exc().encode())
+            finally:
+                os._exit(1)
+        os.close(null)
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = (-os.WTERMSIG(status) or
+                                   os.WEXITSTATUS(status))
+        return self.returncode
+
+    def wait(self, timeout=None):
+        wait_until(lambda: self.poll() is not None, "the end of the program")
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+def start_fingerd(*args, fresh=False, command=None, **options) -> Any:
+    """Start the program in a Python of its own, or in a fork of this one.
+
+    A fork has all modules already, and does not copy threads.
+    """
+    if fresh or command or threading.active_count() > 1:
+        return subprocess.Popen(
+            [*(command or fingerd_command()), *args],
+            **{"stdin": subprocess.DEVNULL, **options})
+    return Fork(args, **options)
+
+
+def run_fingerd(*args, **options):
     """Run the program to its end; give status, stdout and stderr."""
-    done = subprocess.run(fingerd_command(*args), cwd=cwd, text=True,
-                          stdin=subprocess.DEVNULL, capture_output=True,
-                          timeout=HANG)
-    return done.returncode, done.stdout, done.stderr
-
-
-def call_fingerd(*args):
-    """Run main() in this process, for speed: status, stdout and stderr."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        saved = os.dup(1), os.dup(2)
-        os.dup2(out.fileno(), 1)
-        os.dup2(err.fileno(), 2)
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as out, \
+            tempfile.TemporaryFile("w+", encoding="utf-8") as err:
+        process = start_fingerd(*args, stdout=out, stderr=err, **options)
         try:
-            status = fingerd.main(list(args))
+            status = process.wait(HANG)
         finally:
-            for fd, copy in enumerate(saved, 1):
-                os.dup2(copy, fd)
-                os.close(copy)
-        said = []
-        for file in (out, err):
-            file.seek(0)
-            said.append(file.read().decode().replace("\r\n", "\n"))
-    return (status, *said)
+            process.kill()
+        out.seek(0)
+        err.seek(0)
+        return status, out.read(), err.read()
+
+
+class Program(Logged):
+    """The program with a config, a pidfile and a log of its own."""
+
+    def __init__(self, directory):
+        super().__init__(os.path.join(directory, "log"))
+        self.directory = directory
+        self.config = os.path.join(directory, "fingerd.conf")
+        self.pidfile = os.path.join(directory, "pid")
+        self.process = None         # in the foreground
+
+    def write(self, text):
+        pathlib.Path(self.config).write_text(text)
+
+    def run(self, *args):
+        """Run a command about it; give status, stdout and stderr."""
+        return run_fingerd("--config", self.config, "--pidfile", self.pidfile,
+                           *args)
+
+    def start(self, *args, log=None, **options):
+        """Start it in the background; give what the launcher gives."""
+        return run_fingerd(
+            "--config", self.config, "--pidfile", self.pidfile, "--daemon",
+            "--listen", "127.0.0.1:0", "--logfile", log or self.log_path,
+            *args, **options)
+
+    def serve(self, *args, **options):
+        """Start it in the foreground; its stderr is the log."""
+        with open(self.log_path, "wb") as log:
+            self.process = start_fingerd(
+                "--config", self.config, "--listen", "127.0.0.1:0", *args,
+                **{"stderr": log, **options})
+
+    def has_ended(self):
+        return self.process and self.process.poll() is not None
+
+    def stop(self, number=signal.SIGTERM):
+        """Send a signal; give the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(HANG)
+
+    @property
+    def pid(self):
+        if self.process:
+            return self.process.pid
+        return int(pathlib.Path(self.pidfile).read_text())
+
+    @property
+    def address(self):
+        """Where it listens first; waits until it does."""
+        ready = r"\bready\b.*\blisten\W+([\d.]+):(\d+)"
+        host, port = re.search(ready, self.wait_log(ready)).groups()
+        return host, int(port)
+
+    def rotate(self):
+        """Do as logrotate's create does; give the path of the old log."""
+        old = self.log_path + ".1"
+        os.rename(self.log_path, old)
+        with open(self.log_path, "w"):
+            pass
+        if os.geteuid() == 0:
+            info = os.stat(old)
+            os.chown(self.log_path, info.st_uid, info.st_gid)
+        return old
+
+    def status(self, key):
+        """Give the words of a line of /proc/PID/status."""
+        text = pathlib.Path(f"/proc/{self.pid}/status").read_text()
+        return re.search(rf"(?m)^{key}:\s*(.*)$", text)[1].split()
+
+
+@contextlib.contextmanager
+def installed(text=USERS):
+    """Give the program with a config, to be started; kill it in the end."""
+    with config_file(text) as path:
+        program = Program(os.path.dirname(path))
+        try:
+            yield program
+        finally:
+            if program.process:
+                program.process.kill()
+                program.process.wait()
+            with contextlib.suppress(OSError, ValueError):
+                os.kill(program.pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
 def daemon(text=USERS, *args, **options):
-    """Run the program with a config; it must end with status 0."""
-    with config_file(text) as path:
-        process = subprocess.Popen(
-            fingerd_command("--config", path, "--listen", "127.0.0.1:0",
-                            *args),
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, text=True, **options)
-        program = Daemon(process)
-        try:
-            yield program
-            status = program.stop()
-            if status != 0:
-                raise AssertionError(f"status {status}: {program.lines}")
-        finally:
-            process.kill()
-            process.wait()
-            program.reader.join(HANG)
-            process.stderr.close()
-    if any("Traceback" in line for line in program.lines):
-        raise AssertionError("\n".join(program.lines))
+    """Serve in the foreground; no fault, and status 0 at the end."""
+    with installed(text) as program:
+        program.serve(*args, **options)
+        yield program
+        status, log = program.stop(), program.log()
+        if status or not all(re.match("[a-z]+: ", line) for line in log):
+            raise AssertionError(f"status {status}: {log}")
+
+
+@contextlib.contextmanager
+def background(text=USERS, *args, start=True, **options):
+    """Serve in the background; it must be gone at the end."""
+    with installed(text) as program:
+        if start:
+            result = program.start(*args, **options)
+            if result != (0, "", ""):
+                raise AssertionError(result)
+        yield program
+        status, out, err = program.run("--stop")
+        if status or err:
+            raise AssertionError((status, out, err))
 
 
 class TestBackend:
@@ -1121,15 +1254,11 @@ class ExampleTest(unittest.TestCase):
         readme = (HERE / "README").read_text()
         self.assertIn("$ python3 fingerd.py --config fingerd.conf.example\n",
                       readme)
-        with subprocess.Popen(
-                fingerd_command("--config", "fingerd.conf.example",
-                                "--listen", "127.0.0.1:0"),
-                cwd=HERE, stderr=subprocess.PIPE, text=True) as process:
-            program = Daemon(process)
+        with installed() as program:
+            program.serve("--config", "fingerd.conf.example", cwd=HERE)
             self.assertEqual(ask(program.address, b"moshez\r\n"),
                              b"Happy and well\r\n")
             self.assertEqual(program.stop(signal.SIGINT), 0)
-            program.reader.join(HANG)
         commands = re.findall(r"\$ python3 fingerd\.py (.*(?:\\\n.*)?)\n",
                               readme)
         ran = 0
@@ -2658,22 +2787,6 @@ def raise_descriptors(wanted):
     return soft >= wanted
 
 
-def status_of(pid, key):
-    """Give a number of /proc/PID/status: KiB, or threads."""
-    text = pathlib.Path(f"/proc/{pid}/status").read_text()
-    return int(re.search(rf"{key}:\s+(\d+)", text)[1])
-
-
-def processes_with(mark):
-    """Give the processes with this in their command line."""
-    found = []
-    for path in glob.glob("/proc/[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if mark.encode() in pathlib.Path(path).read_bytes():
-                found.append(path)
-    return found
-
-
 # ---- Process --------------------------------------------------------------
 
 class Faulty:
@@ -2851,25 +2964,25 @@ class ProcessTest(unittest.TestCase):
 
     def test_ends_cleanly_on_both_signals(self):
         for number in (signal.SIGTERM, signal.SIGINT):
-            with daemon() as program:
+            with daemon(fresh=True) as program:
                 self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
                 self.assertEqual(program.stop(number), 0)
-                program.wait_line(f"^fingerd: stopped signal={number.name}"
-                                  r" queries=1 seconds=\d+$")
-                program.wait_line(r"^fingerd: ready listen=127\.0\.0\.1:\d+"
-                                  r" backend=users (user=nobody )?"
-                                  rf"pid={program.pid}$")
+                program.wait_log(f"^fingerd: stopped signal={number.name}"
+                                 r" queries=1 seconds=\d+$")
+                program.wait_log(r"^fingerd: ready listen=127\.0\.0\.1:\d+"
+                                 r" backend=users (user=nobody )?"
+                                 rf"pid={program.pid}$")
 
     def test_serves_those_at_hand_before_it_ends(self):
-        with tempfile.TemporaryDirectory() as directory:
-            gate = os.path.join(directory, "gate")
+        with installed() as program:
+            gate = os.path.join(program.directory, "gate")
             os.mkfifo(gate)
-            os.chmod(directory, 0o755)      # root becomes nobody
-            text = ("[server]\nbackend = users finger\n[finger]\ncommand ="
-                    f" /bin/sh -c 'read x < {gate}; echo $x'\n" + USERS)
-            with daemon(text) as program, connect(
-                    program.address) as slow, connect(
-                    program.address) as silent:
+            program.write("[server]\nbackend = users finger\n[finger]\ncommand"
+                          f" = /bin/sh -c 'read x < {gate}; echo $x'\n"
+                          "[limits]\ntimeout = 5\n" + USERS)
+            program.serve()
+            with connect(program.address) as slow, \
+                    connect(program.address) as silent:
                 slow.sendall(b"bob\r\n")
                 with open(gate, "r+b", 0) as writer:    # waits for nobody
                     program.process.send_signal(signal.SIGTERM)
@@ -2880,95 +2993,76 @@ class ProcessTest(unittest.TestCase):
                 self.assertEqual(read_all(silent), b"Query timed out\r\n")
                 silent.close()
                 self.assertEqual(program.process.wait(HANG), 0)
-            self.assertNotIn(" reloaded ", "\n".join(program.lines))
+            self.assertNotIn(" reloaded ", "\n".join(program.log()))
 
     def test_many_signals_at_the_end_are_no_trouble(self):
-        with daemon() as program:
+        with daemon(fresh=True) as program:
             self.assertEqual(program.address[0], "127.0.0.1")
             deadline = time.monotonic() + HANG
             while program.process.poll() is None:
                 program.process.send_signal(signal.SIGTERM)
                 self.assertLess(time.monotonic(), deadline)
-            self.assertEqual(program.process.returncode, 0)
-            program.reader.join(HANG)
-            self.assertNotIn("Exception", "".join(program.lines))
 
     def test_a_log_that_nobody_reads_holds_nobody_up(self):
-        with config_file(USERS) as path, subprocess.Popen(
-                fingerd_command("--config", path, "--listen", "127.0.0.1:0"),
-                stderr=subprocess.PIPE) as process:
-            line = b""
-            while b"ready" not in line:
-                line = process.stderr.readline()
-            port = int(re.search(rb"listen=127\.0\.0\.1:(\d+)", line)[1])
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        with installed() as program:
+            port = free_port()
+            address = ("127.0.0.1", port)
+            program.serve("--listen", f"127.0.0.1:{port}", stderr=writer)
+            os.close(writer)
+            wait_until(lambda: not refused(address), "the start")
             for _ in range(300):        # 180 kB: more than a pipe holds
-                self.assertEqual(ask(("127.0.0.1", port),
-                                     b"x" * 500 + b"\r\n"), UNKNOWN)
-            process.terminate()
-            self.assertEqual(process.wait(HANG), 0)
-
-    def test_will_not_wait_for_a_reader_of_its_log(self):
-        with config_file(USERS) as path:
-            fifo = os.path.join(os.path.dirname(path), "fifo")
-            os.mkfifo(fifo)
-            status, out, err = run_fingerd(
-                "--config", path, "--listen", "127.0.0.1:0", "-l", fifo)
-            self.assertEqual((status, out), (1, ""))
-            self.assertIn("cannot open the log: no such device", err)
+                self.assertEqual(ask(address, b"x" * 500 + b"\r\n"), UNKNOWN)
+            self.assertEqual(program.stop(), 0)
 
     def test_listens_once_on_an_address_that_two_names_have(self):
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        with config_file(USERS) as path, subprocess.Popen(
-                fingerd_command("--config", path, "--listen",
-                                f"127.0.0.1:{port} localhost:{port}"),
-                stderr=subprocess.PIPE, text=True) as process:
-            program = Daemon(process)
+        port = free_port()
+        with daemon(USERS, "--listen", f"127.0.0.1:{port} localhost:{port}"
+                    ) as program:
             self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
-            self.assertEqual(program.stop(), 0)
-            program.reader.join(HANG)
 
     def test_answers_those_that_it_had_not_accepted_when_it_ends(self):
         with daemon("[limits]\nmax_clients_per_host = 1000\n" + USERS) as (
-                program):
+                program), contextlib.ExitStack() as stack:
             address = program.address
             for _ in range(2):
                 self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
             program.process.send_signal(signal.SIGSTOP)
-            with contextlib.ExitStack() as stack:
-                socks = [stack.enter_context(connect(address))
-                         for _ in range(600)]   # more than at one go
-                for sock in socks:
-                    sock.sendall(b"moshez\r\n")
-                program.process.send_signal(signal.SIGTERM)
-                program.process.send_signal(signal.SIGCONT)
-                for sock in socks:
-                    self.assertEqual(read_all(sock), HAPPY)
+            socks = [stack.enter_context(connect(address))
+                     for _ in range(600)]   # more than at one go
+            for sock in socks:
+                sock.sendall(b"moshez\r\n")
+            program.process.send_signal(signal.SIGTERM)
+            program.process.send_signal(signal.SIGCONT)
+            for sock in socks:
+                self.assertEqual(read_all(sock), HAPPY)
 
     def test_accepts_no_more_than_max_clients_of_a_crowd(self):
-        with daemon("[limits]\nmax_clients = 3\n" + USERS) as program:
+        with daemon("[limits]\nmax_clients = 3\n" + USERS) as program, \
+                contextlib.ExitStack() as stack:
             address = program.address
             program.process.send_signal(signal.SIGSTOP)
-            with contextlib.ExitStack() as stack:
-                for _ in range(8):
-                    stack.enter_context(connect(address))
-                program.process.send_signal(signal.SIGCONT)
-                program.wait_line("full clients=3 limit=3")
+            for _ in range(8):
+                stack.enter_context(connect(address))
+            program.process.send_signal(signal.SIGCONT)
+            program.wait_log("full clients=3 limit=3")
 
-    @unittest.skipUnless(os.path.exists("/proc/self/status"), "no /proc here")
+    @needs_proc
     def test_10000_clients_cost_no_thread_and_little_memory(self):
         count = 10000 if raise_descriptors(10300) else 500
         text = ("[limits]\nmax_clients = 11000\nmax_clients_per_host = 11000"
                 "\ntimeout = 60\n" + USERS)
-        with daemon(text) as program, contextlib.ExitStack() as stack:
+        with daemon(text, fresh=True) as program, \
+                contextlib.ExitStack() as stack:
             address = program.address
             self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
-            before = status_of(program.pid, "VmRSS")
+            before = int(program.status("VmRSS")[0])
             socks = [stack.enter_context(connect(address))
                      for _ in range(count)]
             self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
-            self.assertEqual(status_of(program.pid, "Threads"), 1)
-            grown = status_of(program.pid, "VmRSS") - before
+            self.assertEqual(program.status("Threads"), ["1"])
+            grown = int(program.status("VmRSS")[0]) - before
             each = 1 if sys.version_info >= (3, 11) else 1.5     # KiB
             self.assertLess(grown, 1024 + each * count)
             for sock in socks:      # and now they all ask at once
@@ -2977,65 +3071,63 @@ class ProcessTest(unittest.TestCase):
                 self.assertEqual(read_all(sock), HAPPY)
 
     @unittest.skipUnless(hasattr(resource, "prlimit"), "no prlimit(2) here")
+    @mock.patch.object(fingerd, "PAUSE", 0.1)
     def test_pauses_when_descriptors_are_out_and_goes_on_after(self):
         # Not as nobody: then we may not change its limits.
         args = [] if os.geteuid() else ["--user", "root"]
         with daemon(USERS, *args) as program, \
                 contextlib.ExitStack() as stack:
             address = program.address
-            used = len(os.listdir(f"/proc/{program.pid}/fd"))
+
+            def descriptors():
+                return len(os.listdir(f"/proc/{program.pid}/fd"))
+
+            used = descriptors()
             resource.prlimit(program.pid, resource.RLIMIT_NOFILE,
                              (used + 2, used + 2))
             held = [stack.enter_context(connect(address)) for _ in range(2)]
             waiting = stack.enter_context(connect(address))
             waiting.sendall(b"moshez\r\n")
-            program.wait_line('starved reason="too many open files"')
+            program.wait_log('starved reason="too many open files"')
             start = cpu_seconds(program.pid)
             self.assertEqual(select.select([waiting], [], [], 0.4)[0], [])
             self.assertLess(cpu_seconds(program.pid) - start, 0.2)
             held[0].close()
             self.assertEqual(read_all(waiting), HAPPY)
             self.assertEqual(
-                len([x for x in program.lines if "starved" in x]), 1)
+                len([x for x in program.log() if "starved" in x]), 1)
             stack.close()
             for _ in range(12):     # it is over when one finds it idle
-                wait_until(lambda: len(os.listdir(f"/proc/{program.pid}/fd"))
-                           == used, "the closes")
+                wait_until(lambda: descriptors() == used, "the closes")
                 self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
-            wait_until(lambda: len(os.listdir(f"/proc/{program.pid}/fd"))
-                       == used, "the closes")
+            wait_until(lambda: descriptors() == used, "the closes")
             for _ in range(3):      # it is logged again when it happens again
                 stack.enter_context(connect(address))
-            program.wait_line("starved", 2)
+            program.wait_log("starved", 2)
             stack.close()
 
     def test_lowers_its_limits_to_what_the_system_allows(self):
         finger = ("[server]\nbackend = users finger\n[finger]\n"
                   "command = /bin/echo\n")
-        for text, soft, lines in [
-                (finger + "[limits]\nmax_threads = 2\n", 200,
+        two, one = (f"[limits]\nmax_threads = {n}\n" for n in (2, 1))
+        for text, soft, hard, lines in [
+                (finger + two, 200, 300,
                  ["limits max_clients=254 descriptors=300 configured=10000"]),
-                (finger, 300,
+                (finger, 300, 300,
                  ["limits max_threads=19 descriptors=300 configured=64",
-                  "limits max_clients=135 descriptors=300"])]:
-            with self.subTest(text=text), daemon(
-                    text + USERS, preexec_fn=lambda soft=soft:
-                    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, 300))
-                    ) as program:
-                for line in lines:
-                    program.wait_line(line)
-                self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
-
-    def test_lowers_max_clients_for_good(self):
-        for descriptors, clients in ((36, 4), (31, 1)):
-            with daemon("[limits]\nmax_threads = 1\n" + USERS,
-                        preexec_fn=lambda number=descriptors:
-                        resource.setrlimit(resource.RLIMIT_NOFILE,
-                                           (number, number))) as program, \
+                  "limits max_clients=135 descriptors=300"]),
+                (one, 36, 36, ["full clients=4 limit=4"]),
+                (one, 31, 31, ["full clients=1 limit=1"])]:
+            with self.subTest(text=text, hard=hard), daemon(
+                    text + USERS, preexec_fn=functools.partial(
+                        resource.setrlimit, resource.RLIMIT_NOFILE,
+                        (soft, hard))) as program, \
                     contextlib.ExitStack() as stack:
-                for _ in range(clients + 1):
+                self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+                for _ in range(5 * (hard < 100)):
                     stack.enter_context(connect(program.address))
-                program.wait_line(f"full clients={clients} limit={clients}")
+                for line in lines:
+                    program.wait_log(line)
 
     def test_passes_over_addresses_that_the_system_lacks(self):
         here, there = [(socket.AF_INET, socket.SOCK_STREAM, 6, "",
@@ -3053,90 +3145,96 @@ class ProcessTest(unittest.TestCase):
             with self.assertRaisesRegex(fingerd.StartError, "192.0.2.1:0"):
                 fingerd.open_listeners([("name", 0)])
 
-    def test_says_why_it_cannot_listen(self):
-        with socket.create_server(("127.0.0.1", 0)) as busy, config_file(
-                USERS) as path:
+    def test_says_on_the_terminal_why_it_cannot_start(self):
+        with installed() as program, socket.create_server(
+                ("127.0.0.1", 0)) as busy:
             port = busy.getsockname()[1]
-            for address, message in [
-                    ("a..b:79", "not a host name"),
-                    (f"127.0.0.1:{port}", "address already in use; stop the"
-                     " program that is there, or use another port"),
-                    ("192.0.2.1:0", "cannot assign requested address")]:
-                where = address if port else address
-                self.assertEqual(
-                    run_fingerd("--config", path, "--listen", address),
-                    (1, "", f"fingerd: cannot listen on {where}:"
-                            f" {message}\n"))
-            status, out, err = run_fingerd("--config", path, "--listen",
-                                           "no-such-host.invalid:0")
-            self.assertEqual((status, out), (1, ""))
-            self.assertRegex(err, r"^fingerd: cannot listen on no-such-host\."
-                                  r"invalid:0: .+\n$")
-
-    def test_says_why_it_cannot_write_its_log(self):
-        with config_file(USERS) as path:
-            log = os.path.join(path, "log")
-            self.assertEqual(
-                run_fingerd("--config", path, "--listen", "127.0.0.1:0",
-                            "-l", log),
-                (1, "", "fingerd: cannot open the log: not a directory:"
-                        f" {log}\n"))
+            missing = os.path.join(program.directory, "none")
+            fifo = os.path.join(program.directory, "fifo")
+            os.mkfifo(fifo)
+            program.write(f"[log]\nsyslog_address = {missing}\n" + USERS)
+            listen = "cannot listen on "
+            enter = "cannot enter chroot or rundir"
+            for args, status, message in [
+                    (["--listen", f"127.0.0.1:{port}"], 1,
+                     f"{listen}127.0.0.1:{port}: address already in use; stop"
+                     " the program that is there, or use another port"),
+                    (["--listen", "a..b:79"], 1,
+                     listen + "a..b:79: not a host name"),
+                    (["--listen", "192.0.2.1:0"], 1,
+                     listen + "192.0.2.1:0: cannot assign requested address"),
+                    (["--listen", "no-such-host.invalid:0"], 1,
+                     listen + "no-such-host.invalid:0: "),
+                    (["--pidfile", f"{missing}/pid"], 1, "cannot lock the"
+                     f" pidfile: no such file or directory: {missing}/pid"),
+                    (["--logfile", f"{program.config}/log"], 1, "cannot open"
+                     f" the log: not a directory: {program.config}/log"),
+                    (["--logfile", fifo], 1,
+                     "cannot open the log: no such device"),
+                    (["--syslog"], 1, f"cannot reach syslog at {missing}: no"
+                     " such file or directory"),
+                    (["--rundir", missing], 1,
+                     f"{enter}: no such file or directory: {missing}"),
+                    *[(["--chroot", missing], 1,
+                       f"{enter}: no such file or directory: {missing}")
+                      ] * (not os.geteuid()),
+                    (["--user", "no-such-user"], 2, '--user: "no-such-user"'
+                     " is not a user of this system; create it (adduser"
+                     " --system no-such-user), or leave user empty for"
+                     " nobody"),
+                    (["--gid", "no-such-group"], 2, '--group: "no-such-group"'
+                     " is not a group of this system; create it (addgroup"
+                     " --system no-such-group), or leave group empty for the"
+                     " user's"),
+                    (["--umask", "9"], 2, '--umask: "9" is not an octal mask;'
+                     " write e.g. --umask 027"),
+                    (["--chroot", "x"], 2, '--chroot: "x" is not an absolute'
+                     " path; write e.g. /var/empty")]:
+                for mode in ("--daemon", "--nodaemon"):
+                    with self.subTest(args=args, mode=mode):
+                        result = program.start(mode, *args)
+                        self.assertEqual(result[:2], (status, ""))
+                        lines = [line for line in result[2].splitlines()
+                                 if "a reload cannot read" not in line]
+                        self.assertIn(f"fingerd: {message}", lines[0])
+                        self.assertEqual(len(lines), status)
+                        self.assertFalse(os.path.exists(program.pidfile))
 
     def test_writes_its_log_to_a_file(self):
-        with tempfile.TemporaryDirectory() as directory:
-            path = os.path.join(directory, "log")
-            text = "[log]\nformat = json\n" + USERS
-            with daemon(text, "--logfile", path) as program:
-                wait_until(lambda: os.path.exists(path)
-                           and "ready" in pathlib.Path(path).read_text(),
-                           "ready")
-                with open(path) as file:
-                    host, port = json.loads(file.readlines()[-1])[
-                        "listen"].split(":")
-                self.assertEqual(ask((host, int(port)), b"moshez\r\n"), HAPPY)
-                self.assertEqual(program.stop(), 0)
-            with open(path) as file:
-                events = [json.loads(line) for line in file]
-            self.assertEqual([event["event"] for event in events
-                              if event["event"] != "user"],
+        with background("[log]\nformat = json\n" + USERS) as program:
+            self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+            program.run("--stop")
+            events = [json.loads(line)["event"] for line in program.log()]
+            self.assertEqual([event for event in events if event != "user"],
                              ["ready", "query", "stopped"])
-            self.assertEqual(program.lines, [])
 
     def test_closing_its_terminal_ends_it_unless_it_has_nohup(self):
         for nohup, chroot in ((False, False), (True, False), (False, True)):
             if chroot and os.geteuid():
                 self.skipTest("needs root")
             with self.subTest(nohup=nohup, chroot=chroot), \
-                    config_file(USERS) as path:
-                program = Background(os.path.dirname(path))
+                    installed() as program:
                 command = ["nohup"] * nohup + fingerd_command(
-                    "--config", path, "--listen", "127.0.0.1:0", "-l",
-                    program.log_path)
+                    "--config", program.config, "--listen", "127.0.0.1:0",
+                    "--pidfile", program.pidfile, "-l", program.log_path)
                 if chroot:
                     command += ["--chroot", program.directory]
                 pid, terminal = pty.fork()
                 if not pid:
                     os.chdir(program.directory)     # of nohup.out
                     os.execvp(command[0], command)
-                try:
-                    wait_until(lambda: os.path.exists(program.log_path), "log")
-                    program.wait_log(" ready ")
-                    os.kill(pid, signal.SIGHUP)     # the terminal is there
-                    program.wait_log(" reloaded ")
-                    os.close(terminal)
-                    if nohup:
-                        program.wait_log(" reloaded ", 2)
-                        self.assertEqual(ask(program.address, b"moshez\r\n"),
-                                         HAPPY)
-                        os.kill(pid, signal.SIGTERM)
-                    ends = iter(lambda: os.waitpid(pid, os.WNOHANG), None)
-                    wait_until(lambda: (pid, 0) == next(ends), "its end")
-                    program.wait_log("stopped signal=SIG"
-                                     + ("TERM" if nohup else "HUP"))
-                except BaseException:
-                    os.kill(pid, signal.SIGKILL)
-                    os.waitpid(pid, 0)
-                    raise
+                program.wait_log(" ready ")
+                os.kill(pid, signal.SIGHUP)     # the terminal is there
+                program.wait_log(" reloaded ")
+                os.close(terminal)
+                if nohup:
+                    program.wait_log(" reloaded ", 2)
+                    self.assertEqual(ask(program.address, b"moshez\r\n"),
+                                     HAPPY)
+                    os.kill(pid, signal.SIGTERM)
+                program.wait_log("stopped signal=SIG"
+                                 + ("TERM" if nohup else "HUP"))
+                self.assertEqual(os.waitpid(pid, 0), (pid, 0))
 
     def test_importing_it_does_nothing(self):
         done = subprocess.run(
@@ -3153,99 +3251,14 @@ def needs(program):
                                f"{program} is not installed")
 
 
-class Background:
-    """A daemon that has gone into the background, by its pidfile and log."""
-
-    def __init__(self, directory):
-        self.directory = directory
-        self.config = os.path.join(directory, "fingerd.conf")
-        self.pidfile = os.path.join(directory, "pid")
-        self.log_path = os.path.join(directory, "log")
-
-    def run(self, *args):
-        """Run a command about it; give status, stdout and stderr."""
-        return call_fingerd("--config", self.config, "--pidfile",
-                            self.pidfile, *args)
-
-    def start(self, *args, log=None):
-        """Start it; give status, stdout and stderr of the launcher."""
-        return run_fingerd("--config", self.config, "--pidfile", self.pidfile,
-                           "--daemon", "--listen", "127.0.0.1:0", "--logfile",
-                           log or self.log_path, *args)
-
-    @property
-    def pid(self):
-        return int(pathlib.Path(self.pidfile).read_text())
-
-    def log(self):
-        return pathlib.Path(self.log_path).read_text("ascii").splitlines()
-
-    def wait_log(self, pattern, times=1):
-        wait_until(lambda: sum(bool(re.search(pattern, line))
-                               for line in self.log()) >= times, pattern)
-        return [line for line in self.log() if re.search(pattern, line)][-1]
-
-    @property
-    def address(self):
-        ready = [line for line in self.log() if " ready " in line][-1]
-        host, port = re.search(r"listen=([\d.]+):(\d+)", ready).groups()
-        return host, int(port)
-
-    def write(self, text):
-        pathlib.Path(self.config).write_text(text)
-
-    def rotate(self):
-        """Do as logrotate's create does; give the path of the old log."""
-        old = self.log_path + ".1"
-        os.rename(self.log_path, old)
-        with open(self.log_path, "w"):
-            pass
-        if os.geteuid() == 0:
-            info = os.stat(old)
-            os.chown(self.log_path, info.st_uid, info.st_gid)
-        return old
-
-    def status(self, key):
-        """Give the words of a line of /proc/PID/status."""
-        text = pathlib.Path(f"/proc/{self.pid}/status").read_text()
-        return re.search(rf"(?m)^{key}:\s*(.*)$", text)[1].split()
-
-
-@contextlib.contextmanager
-def background(text=USERS, *args, start=True):
-    """Start a daemon in the background; it must be gone at the end."""
-    with tempfile.TemporaryDirectory() as directory:
-        os.chmod(directory, 0o755)      # for the user that it becomes
-        program = Background(directory)
-        program.write(text)
-        try:
-            if start:
-                result = program.start(*args)
-                if result != (0, "", ""):
-                    raise AssertionError(result)
-            yield program
-            status, out, err = program.run("--stop")
-            if status or err:
-                raise AssertionError((status, out, err))
-        finally:
-            with contextlib.suppress(OSError, ValueError):
-                os.kill(program.pid, signal.SIGKILL)
-
-
 NOBODY = 65534      # a user that has nothing
-
-
-def needs_proc(test):
-    """Skip a test that looks at the process from outside."""
-    return unittest.skipUnless(os.path.exists("/proc/self/status"),
-                               "no /proc here")(test)
 
 
 class BackgroundTest(unittest.TestCase):
     """The daemon in the background, its pidfile, and commands about it."""
 
     def test_the_launcher_returns_when_it_serves(self):
-        with background() as program:
+        with background(fresh=True) as program:
             self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
             self.assertIn(f" pid={program.pid}", program.wait_log("ready"))
             self.assertEqual(os.stat(program.pidfile).st_mode & 0o777, 0o600)
@@ -3270,56 +3283,15 @@ class BackgroundTest(unittest.TestCase):
     def test_runs_in_the_rundir_with_the_umask_that_are_wanted(self):
         with tempfile.TemporaryDirectory() as rundir:
             os.chmod(rundir, 0o755)
-            script = pathlib.Path(rundir, "script")
-            script.write_text("pwd\numask\n")
-            text = ("[server]\nbackend = users finger\n[finger]\n"
-                    f"command = /bin/sh {script}\n{USERS}")
-            with background(text, "--rundir", rundir, "--umask",
-                            "077") as program:
+            script = write_file(rundir, "script", "pwd\numask\n")
+            with background("[server]\nbackend = finger\n[finger]\ncommand ="
+                            f" /bin/sh {script}\n", "--rundir", rundir,
+                            "--umask", "077") as program:
                 self.assertEqual(
                     ask(program.address, b"x\r\n").decode().split(),
                     [os.path.realpath(rundir), "0077"])
                 self.assertEqual(os.stat(program.log_path).st_mode & 0o777,
                                  0o600)
-
-    def test_errors_reach_the_terminal_before_the_launcher_returns(self):
-        with background(start=False) as program, socket.create_server(
-                ("127.0.0.1", 0)) as busy:
-            port = busy.getsockname()[1]
-            missing = os.path.join(program.directory, "none")
-            program.write(f"[log]\nsyslog_address = {missing}\n" + USERS)
-            for args, status, message in [
-                    (["--listen", f"127.0.0.1:{port}"], 1,
-                     f"cannot listen on 127.0.0.1:{port}: address already in"
-                     " use; stop the program that is there, or use another"
-                     " port"),
-                    (["--pidfile", f"{missing}/pid"], 1, "cannot lock the"
-                     f" pidfile: no such file or directory: {missing}/pid"),
-                    (["--logfile", f"{program.config}/log"], 1, "cannot open"
-                     f" the log: not a directory: {program.config}/log"),
-                    (["--syslog"], 1, f"cannot reach syslog at {missing}: no"
-                     " such file or directory"),
-                    (["--rundir", missing], 1, "cannot enter chroot or"
-                     f" rundir: no such file or directory: {missing}"),
-                    (["--user", "no-such-user"], 2, '--user: "no-such-user"'
-                     " is not a user of this system; create it (adduser"
-                     " --system no-such-user), or leave user empty for"
-                     " nobody"),
-                    (["--gid", "no-such-group"], 2, '--group: "no-such-group"'
-                     " is not a group of this system; create it (addgroup"
-                     " --system no-such-group), or leave group empty for the"
-                     " user's"),
-                    (["--umask", "9"], 2, '--umask: "9" is not an octal mask;'
-                     " write e.g. --umask 027"),
-                    (["--chroot", "x"], 2, '--chroot: "x" is not an absolute'
-                     " path; write e.g. /var/empty")]:
-                with self.subTest(args=args):
-                    result = program.start(*args)
-                    self.assertEqual(result[:2], (status, ""))
-                    lines = result[2].splitlines()
-                    self.assertEqual(lines[0], f"fingerd: {message}")
-                    self.assertEqual(len(lines), status)
-            self.assertEqual(program.run("--status")[0], 3)
 
     def test_warns_that_the_log_on_stderr_is_lost(self):
         with background(start=False) as program:
@@ -3338,11 +3310,6 @@ class BackgroundTest(unittest.TestCase):
                     (1, "", f"fingerd: already running, pid {program.pid}"
                             f" ({program.pidfile} is locked)\n"))
             self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
-
-    def test_a_start_that_fails_leaves_no_pidfile(self):
-        with background(start=False) as program:
-            self.assertEqual(program.start("--rundir", "/no/such")[0], 1)
-            self.assertFalse(os.path.exists(program.pidfile))
 
     def test_of_several_starts_at_the_same_moment_exactly_one_wins(self):
         with background(start=False) as program:
@@ -3365,21 +3332,19 @@ class BackgroundTest(unittest.TestCase):
     def test_believes_the_lock_and_not_the_number(self):
         with background(start=False) as program, subprocess.Popen(
                 ["sleep", "60"]) as other:
-            try:
-                pathlib.Path(program.pidfile).write_text(f"{other.pid}\n")
-                for command, status in [("--stop", 0), ("--reload", 1)]:
-                    self.assertEqual(program.run(command), (
-                        status, "fingerd is not running\n", ""))
-                self.assertIsNone(other.poll())
-                self.assertEqual(program.start(), (0, "", ""))
-            finally:
-                other.kill()
+            self.addCleanup(other.wait)
+            self.addCleanup(other.kill)
+            pathlib.Path(program.pidfile).write_text(f"{other.pid}\n")
+            for command, status in [("--stop", 0), ("--reload", 1)]:
+                self.assertEqual(program.run(command), (
+                    status, "fingerd is not running\n", ""))
+            self.assertIsNone(other.poll())
+            self.assertEqual(program.start(), (0, "", ""))
+            other.kill()
 
     def test_status_tells_apart_why_it_does_not_run(self):
-        with tempfile.TemporaryDirectory() as directory:
-            path, other = (os.path.join(directory, name)
-                           for name in ("pid", "other"))
-            pathlib.Path(other).write_text("")
+        with installed() as program:
+            path = program.pidfile
             no_number = (f"{path} has other text than a process number; name"
                          " another pidfile")
             no_file = (f"{path} is not a regular file with one name; name"
@@ -3392,27 +3357,28 @@ class BackgroundTest(unittest.TestCase):
                     ("4711 and more", 4, no_number),
                     ("4711" + "\n" * 30, 4, no_number),
                     (os.mkfifo, 4, no_file),
-                    (functools.partial(os.link, other), 4, no_file),
-                    (functools.partial(os.symlink, other), 4, "cannot read the"
-                     f" pidfile: too many levels of symbolic links: {path}")]:
+                    (functools.partial(os.link, program.config), 4, no_file),
+                    (functools.partial(os.symlink, program.config), 4,
+                     "cannot read the pidfile: too many levels of symbolic"
+                     f" links: {path}")]:
                 if isinstance(content, str):
                     pathlib.Path(path).write_text(content)
                 elif content:
                     content(path)
-                result = call_fingerd("--pidfile", path, "--status")
+                result = run_fingerd("--pidfile", path, "--status")
                 with self.subTest(content=content):
                     self.assertEqual(result, (
                         status, "" if status == 4 else f"fingerd {said}\n",
                         f"fingerd: {said}\n" if status == 4 else ""))
-                with contextlib.suppress(FileNotFoundError):
+                if content is not None:
                     os.unlink(path)
 
     def test_stop_waits_until_it_is_gone(self):
         with background() as program:
-            pid, address = program.pid, program.address
+            address = program.address
             with connect(address) as sock:
                 sock.sendall(b"mos")        # takes it a while to give up
-                said = []
+                said: list[Any] = []
                 stop = threading.Thread(
                     target=lambda: said.append(program.run("--stop")))
                 stop.start()
@@ -3424,19 +3390,17 @@ class BackgroundTest(unittest.TestCase):
             if os.geteuid():
                 self.assertFalse(os.path.exists(program.pidfile))
             self.assertRegex(program.log()[-1], "stopped signal=SIGTERM")
-            self.assertNotEqual(pid, 0)
 
     def test_commands_need_a_pidfile(self):
         for command in ("--status", "--stop", "--reload"):
             self.assertEqual(
-                call_fingerd("--config", str(EXAMPLE), command),
+                run_fingerd("--config", str(EXAMPLE), command),
                 (2, "", "fingerd: no pidfile is configured; set pidfile in"
                         " [daemon], or give --pidfile\n"))
 
     def test_a_number_that_a_crash_has_left_is_not_believed(self):
         with tempfile.TemporaryDirectory() as directory:
-            path = os.path.join(directory, "pid")
-            pathlib.Path(path).write_text(f"{os.getpid()}\n")
+            path = write_file(directory, "pid", f"{os.getpid()}\n")
             pidfile = fingerd.Pidfile(path)     # locked, not written yet
             self.assertEqual(pathlib.Path(path).read_text(), "")
             pidfile.write()
@@ -3462,7 +3426,7 @@ class BackgroundTest(unittest.TestCase):
             pidfile.remove()
 
     def test_spoils_nothing_that_is_no_pidfile(self):
-        with background(start=False) as program:
+        with installed() as program:
             fifo, link = (os.path.join(program.directory, name)
                           for name in ("fifo", "link"))
             os.mkfifo(fifo)
@@ -3486,7 +3450,7 @@ class BackgroundTest(unittest.TestCase):
                              (signal.SIGUSR1, "counters"),
                              (signal.SIGTERM, "stopped")]:
             with background(start=False) as program:
-                results = []
+                results: list[Any] = []
                 thread = threading.Thread(
                     target=lambda: results.append(program.start()))
                 thread.start()
@@ -3500,18 +3464,17 @@ class BackgroundTest(unittest.TestCase):
 
     def test_stops_although_the_config_has_been_broken_since(self):
         with background() as program:
+            config = ["--config", program.config]
             program.write("[nonsense]\n")
             self.assertEqual(program.run("--status")[0], 0)
-            self.assertEqual(program.run("--stop"), (0, "", ""))
-
-    def test_stops_by_the_pidfile_of_a_config_with_other_errors(self):
-        with background() as program:
-            config = ["--config", program.config]
             program.write("[daemon]\npidfile = /x\x01y\n")
-            self.assertEqual(call_fingerd(*config, "--stop")[0], 2)
+            self.assertEqual(run_fingerd(*config, "--stop")[0], 2)
             program.write(f"[daemon]\npidfile = {program.pidfile}\n[x]\n")
-            self.assertEqual(call_fingerd(*config, "--status")[0], 0)
-            self.assertEqual(call_fingerd(*config, "--stop"), (0, "", ""))
+            self.assertEqual(run_fingerd(*config, "--status")[0], 0)
+            self.assertEqual(run_fingerd(*config, "--stop"), (0, "", ""))
+        with background() as program:
+            program.write("[nonsense]\n")
+            self.assertEqual(program.run("--stop"), (0, "", ""))
 
 
 class ReloadTest(unittest.TestCase):
@@ -3523,86 +3486,75 @@ class ReloadTest(unittest.TestCase):
             self.assertEqual(program.run("--reload"), (0, "", ""))
             event = json.loads(program.wait_log("reloaded"))
             self.assertEqual(event["config"], program.config)
-            address = program.address
-            self.assertEqual(ask(address, b"a\r\n"), b"new\r\n")
-            self.assertEqual(ask(address, b"x" * 21 + b"\r\n"),
-                             b"Query too long\r\n")
-            self.assertEqual(ask(address, b"\r\n"), b"a  new\r\n")
+            for line, reply in [(b"a", b"new\r\n"), (b"", b"a  new\r\n"),
+                                (b"x" * 21, b"Query too long\r\n")]:
+                self.assertEqual(ask(program.address, line + b"\r\n"), reply)
 
     def test_a_bad_file_keeps_everything_and_says_why(self):
         with background() as program:
+            address = program.address
             program.write("[users]\nmoshez = gone\n[limits]\ntimeout = x\n"
                           "max_clients = 0\n")
             os.kill(program.pid, signal.SIGHUP)
             line = program.wait_log("reload-failed reason=.*2 errors in")
             self.assertIn("not started", line)
-            self.assertRegex(program.wait_log("fingerd.conf:4: timeout"),
-                             r'reload-failed reason=".*fingerd\.conf:4:'
+            program.wait_log(r'reload-failed reason=".*fingerd\.conf:4:'
                              r' timeout: \\"x\\" is not a number')
-            self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
-            program.write(USERS + "[log]\nto = /no/such/log\n")
+            self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
             os.unlink(program.config)
             os.kill(program.pid, signal.SIGHUP)
             program.wait_log('reason="cannot read the config: no such file')
-            self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+            self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
+            os.mkfifo(program.config, 0o644)    # it holds nobody up
+            program.rotate()
+            os.kill(program.pid, signal.SIGHUP)
+            program.wait_log('reload-failed reason="?.*fingerd.conf is not a'
+                             ' regular file"')      # in the new log
+            os.unlink(program.config)
             program.write(USERS)
+            os.kill(program.pid, signal.SIGHUP)
+            program.wait_log("reloaded")
+            self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
 
     def test_says_what_only_a_restart_can_change(self):
         with background() as program:
             program.write("[server]\nhostname = x\n[daemon]\nuser = root\n"
                           "rundir = /\n" + USERS)
             os.kill(program.pid, signal.SIGHUP)
-            for name in ("user", "rundir"):
-                program.wait_log(f'not-reloaded setting={name}'
-                                 ' reason="only a restart can change it"')
             program.wait_log("reloaded")
-            self.assertEqual(len([line for line in program.log()
-                                  if "not-reloaded" in line]), 2)
+            said = [line.partition(" ")[2] for line in program.log()
+                    if "not-reloaded" in line]
+            self.assertEqual(sorted(said), [
+                f'not-reloaded setting={name} reason="only a restart can'
+                ' change it"' for name in ("rundir", "user")])
 
     def test_loses_no_query_in_a_hundred_reloads(self):
         with background() as program:
-            address, stop, wrong = program.address, threading.Event(), []
-            asked = [0] * 4
+            address, stop = program.address, threading.Event()
+            texts = [USERS, "[users]\nmoshez = Other words\n"]
 
-            def load(number):
+            def load():
+                replies = []
                 while not stop.is_set():
-                    reply = ask(address, b"mos", b"hez\r\n")
-                    asked[number] += 1
-                    if reply not in (HAPPY, b"Other words\r\n"):
-                        wrong.append(reply)
+                    replies.append(ask(address, b"mos", b"hez\r\n"))
+                return replies
 
-            threads = [threading.Thread(target=load, args=(number,))
-                       for number in range(4)]
-            for thread in threads:
-                thread.start()
-            try:
-                for number in range(100):
-                    program.write(USERS if number % 2 else
-                                  "[users]\nmoshez = Other words\n")
-                    os.kill(program.pid, signal.SIGHUP)
-                    program.wait_log(" reloaded ", number + 1)
-            finally:
-                stop.set()
-                for thread in threads:
-                    thread.join(HANG)
-            self.assertEqual(wrong, [])
-            self.assertGreater(min(asked), 10)
-            program.wait_log("outcome=answered", sum(asked))
+            def reload():
+                try:
+                    for number in range(100):
+                        program.write(texts[number % 2])
+                        os.kill(program.pid, signal.SIGHUP)
+                        program.wait_log(" reloaded ", number + 1)
+                finally:
+                    stop.set()
+
+            replies = in_threads([load, load, load, reload])[:3]
+            self.assertGreater(min(map(len, replies)), 10)
+            replies = sum(replies, [])
+            self.assertEqual(set(replies), {HAPPY, b"Other words\r\n"})
+            program.wait_log("outcome=answered", len(replies))
             self.assertEqual(len([line for line in program.log()
-                                  if " query " in line]), sum(asked))
-
-    def test_a_config_that_is_a_pipe_keeps_the_old_and_holds_nobody_up(self):
-        with background() as program:
-            address = program.address
-            os.unlink(program.config)
-            os.mkfifo(program.config, 0o644)
-            program.rotate()
-            os.kill(program.pid, signal.SIGHUP)
-            program.wait_log('reload-failed reason="?.*fingerd.conf is not a'
-                             ' regular file"')      # in the new log
-            self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
-            os.unlink(program.config)
-            program.write(USERS)
+                                  if " query " in line]), len(replies))
 
     def test_reload_signals_even_when_it_finds_errors_itself(self):
         with background() as program:
@@ -3610,38 +3562,44 @@ class ReloadTest(unittest.TestCase):
                           f"{program.pidfile}\n[nonsense]\n" + USERS)
             for args in (["--pidfile", program.pidfile], []):
                 program.rotate()
-                status, out, err = call_fingerd(
+                status, out, err = run_fingerd(
                     "--config", program.config, *args, "--reload")
                 self.assertEqual((status, out), (1, ""))
                 self.assertIn(":3: [nonsense]: no such section", err)
                 program.wait_log("reload-failed .*nonsense")
             program.write("[nonsense]\n")      # no pidfile is known
-            status, _, err = call_fingerd("--config", program.config,
-                                          "--reload")
+            status, _, err = run_fingerd("--config", program.config,
+                                         "--reload")
             self.assertEqual((status, "[nonsense]" in err), (2, True))
             program.write(USERS)
 
     @needs_proc
     def test_leaves_no_program_behind_that_had_more_time_once(self):
-        mark = "61.1288"
-        text = ("[server]\nbackend = finger\n[finger]\ncommand ="
-                f" /bin/sleep {mark}\n[limits]\ntimeout = ")
-        with background(text + "20\n") as program:
+        with installed() as program:
+            family = Family(program.directory)
+            self.addCleanup(os.close, family.fd)
+            os.chmod(family.path, 0o666)
+            script = write_file(program.directory, "script",
+                                f"exec 9>{family.path}; echo x >&9; sleep 60")
+            text = ("[server]\nbackend = finger\n[finger]\ncommand = /bin/sh"
+                    f" {script}\n[limits]\ntimeout = ")
+            program.write(text + "20\n")
+            self.assertEqual(program.start(), (0, "", ""))
             with connect(program.address) as sock:
                 sock.sendall(b"bob\r\n")
-                wait_until(lambda: processes_with(mark), "the program")
+                select.select([family.fd], [], [], HANG)
                 program.write(text + "0.1\n")
                 program.run("--reload")
                 self.assertEqual(read_all(sock), FAILED)
             self.assertEqual(program.run("--stop"), (0, "", ""))
-            wait_until(lambda: not processes_with(mark), "its end")
+            self.assertEqual(family.gone(), b"x\n")
 
     @needs_root
     def test_warns_that_a_reload_cannot_read_the_config(self):
         nobody = pwd.getpwnam("nobody")
         uid, gid = nobody.pw_uid, nobody.pw_gid
         as_root = ["--user", "root"]
-        with background(start=False) as program:
+        with installed() as program:
             path, folder = program.config, program.directory
             cannot = f"fingerd: a reload cannot read {path}: "
             closed = "uid %d may not open %s; change its mode\n"
@@ -3666,22 +3624,17 @@ class ReloadTest(unittest.TestCase):
 
     @needs_root
     @needs_proc
-    def test_a_reload_that_cannot_read_the_config_has_a_status(self):
-        with background(start=False) as program:
-            os.chmod(program.config, 0o600)
-            warning = program.run("--check")[2]
-            self.assertEqual(program.start(), (0, "", warning))
-            self.assertEqual(program.run("--reload"), (1, "", warning))
-            program.wait_log("reload-failed")
-
-    @needs_root
-    @needs_proc
     def test_reload_goes_by_the_user_that_the_daemon_has_become(self):
-        with background(start=False) as program:
-            os.chmod(program.config, 0o600)
-            self.assertEqual(program.start("--user", "root"), (0, "", ""))
-            self.assertEqual(program.run("--reload"), (0, "", ""))
-            program.wait_log(" reloaded ")
+        for args, status, event in ([], 1, "reload-failed"), (
+                ["--user", "root"], 0, " reloaded "):
+            with self.subTest(args=args), background(start=False) as program:
+                os.chmod(program.config, 0o600)
+                warning = program.run("--check", *args)[2]
+                self.assertEqual(bool(warning), bool(status))
+                self.assertEqual(program.start(*args), (0, "", warning))
+                self.assertEqual(program.run("--reload"),
+                                 (status, "", warning))
+                program.wait_log(event)
 
     @needs_proc
     def test_keeps_nothing_of_the_configs_it_had(self):
@@ -3691,22 +3644,17 @@ class ReloadTest(unittest.TestCase):
                       "    while True: gc.collect(), time.sleep(0.01)\n"
                       "threading.Thread(target=collect, daemon=True).start()\n"
                       "sys.exit(fingerd.main())\n")
-        with config_file("[server]\nbackend = web\n[web]\n"
-                         "prefix = https://127.0.0.1:1/\n") as path, \
-                subprocess.Popen(
-                    [sys.executable, "-c", collecting, "--config", path,
-                     "--listen", "127.0.0.1:0"], cwd=HERE, text=True,
-                    stderr=subprocess.PIPE) as process:
-            program = Daemon(process)
-            program.wait_line(" ready ")
+        with daemon("[server]\nbackend = web\n[web]\n"
+                    "prefix = https://127.0.0.1:1/\n",
+                    command=[sys.executable, "-c", collecting],
+                    cwd=HERE) as program:
+            program.wait_log(" ready ")
             used = []
-            for number in range(35):
-                process.send_signal(signal.SIGHUP)
-                program.wait_line(" reloaded ", number + 1)
-                used.append(status_of(program.pid, "VmRSS"))
-            self.assertEqual(program.stop(), 0)
-            program.reader.join(HANG)
-            self.assertLess(used[-1] - used[9], 2048)
+            for number in range(25):
+                program.process.send_signal(signal.SIGHUP)
+                program.wait_log(" reloaded ", number + 1)
+                used.append(int(program.status("VmRSS")[0]))
+            self.assertLess(used[-1] - used[5], 1600)
 
     def test_clients_that_are_here_get_the_new_limits(self):
         with background("[limits]\ntimeout = 60\n" + USERS) as program:
@@ -3716,28 +3664,21 @@ class ReloadTest(unittest.TestCase):
                 program.run("--reload")
                 self.assertEqual(read_all(sock), b"Query timed out\r\n")
 
-    def test_reopens_a_log_that_was_rotated(self):
+    def test_reopens_its_log_or_writes_on_in_the_one_it_has(self):
         with background() as program:
             old = program.rotate()
             os.kill(program.pid, signal.SIGHUP)
             program.wait_log(r"^\d{4}-\S+ reloaded ")
             self.assertNotIn("reloaded", pathlib.Path(old).read_text())
-
-    def test_writes_on_where_copytruncate_has_cut_its_log(self):
-        with background() as program:
-            os.truncate(program.log_path, 0)
+            os.truncate(program.log_path, 0)    # as copytruncate does
             os.kill(program.pid, signal.SIGUSR1)
             line = program.wait_log("counters")
             self.assertEqual(program.log(), [line])     # no hole before it
             self.assertRegex(line, r"^\d{4}-\S+ counters ")
-
-    def test_keeps_the_log_when_a_new_one_cannot_be_had(self):
-        with background() as program:
-            os.rename(program.log_path, program.log_path + ".1")
-            os.mkdir(program.log_path)
+            os.rename(program.log_path, old)
+            os.mkdir(program.log_path)          # no new one can be had
             os.kill(program.pid, signal.SIGHUP)
-            wait_until(lambda: "reload-failed" in pathlib.Path(
-                program.log_path + ".1").read_text(), "the line")
+            Logged(old).wait_log("reload-failed")
             os.rmdir(program.log_path)
 
     def test_counts_for_sigusr1(self):
@@ -3888,7 +3829,7 @@ class SyslogTest(unittest.TestCase):
 
     def test_the_prefix_is_on_stderr_too(self):
         with daemon(USERS, "--prefix", "who") as program:
-            program.wait_line("^who: ready ")
+            program.wait_log("^who: ready ")
 
 
 class PrivilegesTest(unittest.TestCase):
@@ -3902,9 +3843,8 @@ class PrivilegesTest(unittest.TestCase):
     def test_becomes_nobody_for_good(self):
         host = f"127.79.{os.getpid() % 250 + 1}.2"
         nobody = pwd.getpwnam("nobody")
-        with background(start=False) as program:
-            self.assertEqual(program.start("--listen", f"{host}:79"),
-                             (0, "", ""))
+        with background(USERS, "--listen", f"{host}:79",
+                        fresh=True) as program:
             self.assertEqual(ask((host, 79), b"moshez\r\n"), HAPPY)
             self.assertEqual(self.ids(program), [
                 [str(nobody.pw_uid)] * 4, [str(nobody.pw_gid)] * 4,
@@ -3921,23 +3861,20 @@ class PrivilegesTest(unittest.TestCase):
     @needs_root
     @needs_proc
     def test_takes_the_group_of_a_user_and_numbers_without_an_entry(self):
-        entry = pwd.getpwnam("daemon")
+        entry, nobody = pwd.getpwnam("daemon"), pwd.getpwnam("nobody")
         for args, uid, gid in [
+                (["--user", "root"], 0, 0),
                 (["--user", "daemon"], entry.pw_uid, entry.pw_gid),
                 (["--user", "daemon", "--group", "nogroup"], entry.pw_uid,
                  grp.getgrnam("nogroup").gr_gid),
                 (["--uid", "54321", "--gid", "54322"], 54321, 54322),
-                (["--uid", "54321"], 54321, pwd.getpwnam("nobody").pw_gid)]:
+                (["--uid", "54321"], 54321, nobody.pw_gid)]:
             with self.subTest(args=args), background(USERS, *args) as program:
-                self.assertEqual(self.ids(program), [
-                    [str(uid)] * 4, [str(gid)] * 4, [str(gid)]])
+                self.assertEqual(self.ids(program)[:2],
+                                 [[str(uid)] * 4, [str(gid)] * 4])
+                if uid:
+                    self.assertEqual(program.status("Groups"), [str(gid)])
                 self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
-
-    @needs_root
-    @needs_proc
-    def test_stays_root_only_when_told_so(self):
-        with background(USERS, "--user", "root") as program:
-            self.assertEqual(program.status("Uid"), ["0"] * 4)
 
     @needs_root
     def test_a_pidfile_it_cannot_remove_is_emptied(self):
@@ -3947,11 +3884,8 @@ class PrivilegesTest(unittest.TestCase):
             self.assertEqual(program.start(), (0, "", ""))
 
     def test_only_root_can_become_another(self):
-        namespace = fingerd.types.SimpleNamespace
-        euid = os.geteuid()
-        if euid == 0:
-            os.seteuid(65534)
-        try:
+        namespace = types.SimpleNamespace
+        with as_nobody():
             self.assertIsNone(fingerd.choose_ids(namespace(
                 user=None, group=None, chroot="")))
             for change in ({"user": fingerd.User("root", 0, 0)},
@@ -3959,61 +3893,41 @@ class PrivilegesTest(unittest.TestCase):
                 daemon = {"user": None, "group": None, "chroot": "", **change}
                 with self.assertRaisesRegex(fingerd.StartError, "only root"):
                     fingerd.choose_ids(namespace(**daemon))
-        finally:
-            os.seteuid(euid)
 
     @needs_root
     def test_works_inside_an_empty_chroot(self):
-        pages = {"/~carol": text_page("Carol's page\n")}
-        origin = Origin(pages)
-        try:
-            with serving() as hop, tempfile.TemporaryDirectory() as empty:
-                os.chmod(empty, 0o755)
-                text = ("[server]\nbackend = users web\nforward ="
-                        f" ip4.localhost:1 localhost.:{hop.address[1]}\n[web]"
-                        f"\nprefix = http://localhost:{origin.port}/~\n"
-                        + USERS)
-                with background(text, start=False) as program:
-                    self.assertEqual(program.start("--chroot", empty)[0], 0)
-                    address = program.address
-                    for line, reply in [
-                            (b"moshez", HAPPY),
-                            (b"carol", b"Carol's page\r\n"),
-                            (b"dave", UNKNOWN),
-                            (b"\xff\xff", b"Malformed query\r\n")]:
-                        self.assertEqual(ask(address, line + b"\r\n"), reply)
-                    self.assertEqual(os.readlink(f"/proc/{program.pid}/root"),
-                                     empty)
-                    os.kill(program.pid, signal.SIGHUP)
-                    program.wait_log('reload-failed reason="cannot read the'
-                                     ' config: no such file')
-                    self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
-                    self.assertEqual(os.listdir(empty), [])
-        finally:
-            origin.close()
-
-    @needs_root
-    def test_forwards_from_a_chroot_by_addresses_looked_up_before(self):
+        origin = Origin({"/~carol": text_page("Carol's page\n")})
+        self.addCleanup(origin.close)
         with serving() as hop, tempfile.TemporaryDirectory() as empty:
-            name = "localhost.localdomain"
-            with contextlib.suppress(OSError):
-                socket.getaddrinfo(name, 79)
             os.chmod(empty, 0o755)
-            text = f"[server]\nforward = 127.1:{hop.address[1]}\n" + USERS
+            text = ("[server]\nbackend = users web\nforward ="
+                    f" 127.1:{hop.address[1]} ip4.localhost:1"
+                    f" localhost.:{hop.address[1]}\n[web]"
+                    f"\nprefix = http://localhost:{origin.port}/~\n" + USERS)
             with background(text, start=False) as program:
                 self.assertEqual(program.start("--chroot", empty)[0], 0)
-                self.assertEqual(ask(program.address, b"moshez@127.1\r\n"),
-                                 HAPPY)
+                address = program.address
+                for line, reply in [
+                        (b"moshez", HAPPY), (b"moshez@127.1", HAPPY),
+                        (b"carol", b"Carol's page\r\n"), (b"dave", UNKNOWN),
+                        (b"\xff\xff", b"Malformed query\r\n")]:
+                    self.assertEqual(ask(address, line + b"\r\n"), reply)
+                self.assertEqual(os.readlink(f"/proc/{program.pid}/root"),
+                                 empty)
+                os.kill(program.pid, signal.SIGHUP)
+                program.wait_log('reload-failed reason="cannot read the'
+                                 ' config: no such file')
+                self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
+                self.assertEqual(os.listdir(empty), [])
 
     @needs_root
     def test_reloads_a_config_and_a_log_that_are_inside_the_chroot(self):
         with background(start=False) as program:
-            chroot = program.directory
-            self.assertEqual(program.start("--chroot", chroot), (0, "", ""))
+            self.assertEqual(program.start("--chroot", program.directory,
+                                           fresh=True), (0, "", ""))
             address = program.address
             program.write("[server]\nallow = 127.0.0.0/8 ::1\n"
                           "[users]\nmoshez = new\n")
-            os.chmod(program.config, 0o644)
             program.rotate()
             os.kill(program.pid, signal.SIGHUP)
             program.wait_log("reloaded config=")
@@ -4021,8 +3935,7 @@ class PrivilegesTest(unittest.TestCase):
 
     @needs_root
     def test_a_program_that_is_not_in_the_chroot_is_a_config_error(self):
-        with background(start=False) as program, \
-                tempfile.TemporaryDirectory() as chroot:
+        with installed() as program, tempfile.TemporaryDirectory() as chroot:
             os.mkdir(os.path.join(chroot, "bin"))
             os.symlink("/bin/echo", os.path.join(chroot, "bin", "echo"))
             for command in (sys.executable, "/bin/echo"):   # a link leads out
@@ -4039,7 +3952,7 @@ class PrivilegesTest(unittest.TestCase):
         with config_file("[server]\nbackend = finger\n[finger]\n"
                          "command = /usr/bin/id -u\n") as path:
             self.assertEqual(
-                run_fingerd("--config", path, "--query", "x"),
+                run_fingerd("--config", path, "--query", "x", fresh=True),
                 (0, f"{pwd.getpwnam('nobody').pw_uid}\n", ""))
 
     @needs_root
@@ -4050,15 +3963,6 @@ class PrivilegesTest(unittest.TestCase):
                 run_fingerd("--check", cwd=os.path.dirname(path)),
                 (2, "", "fingerd: fingerd.conf can be written by others than"
                         " root; name it with --config if you trust it\n"))
-
-    @needs_root
-    def test_a_chroot_that_is_missing_is_said_on_the_terminal(self):
-        with background(start=False) as program:
-            missing = program.directory + "/none"
-            status, _, err = program.start("--chroot", missing)
-            self.assertEqual((status, err.splitlines()[-1]), (
-                1, "fingerd: cannot enter chroot or rundir: no such file or"
-                   f" directory: {missing}"))
 
     @contextlib.contextmanager
     def forger(self, path, text):
@@ -4090,7 +3994,7 @@ class PrivilegesTest(unittest.TestCase):
             with self.forger(path, b"%d\n" % victim) as process:
                 for command, status in [("--stop", 1), ("--reload", 1),
                                         ("--status", 4)]:
-                    self.assertEqual(call_fingerd(*config, command), (
+                    self.assertEqual(run_fingerd(*config, command), (
                         status, "", f"fingerd: {path} names pid {victim}, but"
                         f" is locked by pid {process.pid}; not believed\n"))
                 self.assertEqual(program.start("--pidfile", path), (
@@ -4100,7 +4004,7 @@ class PrivilegesTest(unittest.TestCase):
             for make in (os.symlink, os.link):      # to a pidfile of others
                 make(program.pidfile, path)
                 for command in ("--stop", "--reload"):
-                    self.assertEqual(call_fingerd(*config, command)[0], 1)
+                    self.assertEqual(run_fingerd(*config, command)[0], 1)
                 os.unlink(path)
             self.assertEqual(program.pid, victim)
             os.kill(victim, 0)
@@ -4115,44 +4019,40 @@ class PrivilegesTest(unittest.TestCase):
             os.chown(program.pidfile, 0, -1)
             # Only itself can a process have signalled so.
             with self.forger(path, b"PID\n") as process:
-                self.assertEqual(call_fingerd(*config, "--stop")[0], 0)
+                self.assertEqual(run_fingerd(*config, "--stop")[0], 0)
                 self.assertEqual(process.wait(HANG), -signal.SIGTERM)
             self.assertNotIn("reloaded", "\n".join(program.log()))
 
     @needs_root
     def test_who_may_not_open_the_pidfile_cannot_tell(self):
-        with background() as program:
-            os.seteuid(NOBODY)
-            try:
-                self.assertEqual(program.run("--status"), (
-                    4, "", "fingerd: cannot read the pidfile: permission"
-                           f" denied: {program.pidfile}\n"))
-            finally:
-                os.seteuid(0)
+        read_config("")     # with the modules that nobody may not read
+        with background() as program, as_nobody():
+            self.assertEqual(program.run("--status"), (
+                4, "", "fingerd: cannot read the pidfile: permission"
+                       f" denied: {program.pidfile}\n"))
 
     @needs_root
     @needs("unshare")
     def test_a_process_of_another_namespace_is_not_believed(self):
         with background() as program:
-            done = subprocess.run(
-                ["unshare", "--pid", "--fork", *fingerd_command(
-                    "--config", program.config, "--pidfile", program.pidfile,
-                    "--stop")], text=True, capture_output=True, timeout=HANG)
-            if "unshare failed" in done.stderr:
-                self.skipTest(done.stderr)
-            self.assertEqual((done.returncode, done.stderr), (
+            status, _, err = run_fingerd(
+                "--config", program.config, "--pidfile", program.pidfile,
+                "--stop", command=["unshare", "--pid", "--fork",
+                                   *fingerd_command()])
+            if "unshare failed" in err:
+                self.skipTest(err)
+            self.assertEqual((status, err), (
                 1, f"fingerd: cannot tell who has locked {program.pidfile}: a"
                    " process of another namespace\n"))
 
     @needs_root
     def test_root_writes_no_log_where_another_user_wants_it(self):
-        with background(start=False) as program, \
-                tempfile.TemporaryDirectory() as sticky:
+        with installed() as program, tempfile.TemporaryDirectory() as sticky:
             ours, log, theirs = (os.path.join(folder, name) for folder, name in
                                  [(program.directory, "ours"), (sticky, "log"),
                                   (sticky, "theirs")])
             os.mkdir(ours)
-            pathlib.Path(ours, "file").write_text("precious")
+            write_file(ours, "file", "precious")
             os.chmod(sticky, 0o1777)
             os.makedirs(theirs + "/log")
 
@@ -4201,26 +4101,24 @@ class PrivilegesTest(unittest.TestCase):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(log)
             self.assertEqual(os.listdir(ours), ["file"])
-            self.assertEqual(pathlib.Path(ours, "file").read_text(),
-                             "precious")
+            self.assertEqual(pathlib.Path(file).read_text(), "precious")
 
     @needs_root
     def test_root_writes_its_log_to_what_is_its_own_or_the_users(self):
         with background(start=False) as program, \
                 tempfile.TemporaryDirectory() as folder:
             log = program.log_path = os.path.join(folder, "log")
-            for owner in (0, NOBODY):
-                for mode, uid in [(0o1777, 0), (0o755, 0), (0o777, NOBODY),
-                                  (0o755, 54321)]:
-                    os.chown(folder, uid, -1)
-                    os.chmod(folder, mode)
-                    pathlib.Path(log).write_text("")
-                    os.chown(log, owner, -1)
-                    with self.subTest(owner=owner, folder=(uid, mode)):
-                        self.assertEqual(program.start(), (0, "", ""))
-                        os.kill(program.pid, signal.SIGHUP)
-                        program.wait_log("reloaded" if owner else "-failed")
-                        self.assertEqual(program.run("--stop")[0], 0)
+            for owner, (mode, uid) in itertools.product((0, NOBODY), [
+                    (0o1777, 0), (0o755, 0), (0o777, NOBODY),
+                    (0o755, 54321)]):
+                os.chown(folder, uid, -1)
+                os.chmod(folder, mode)
+                os.chown(write_file(folder, "log"), owner, -1)
+                with self.subTest(owner=owner, folder=(uid, mode)):
+                    self.assertEqual(program.start(), (0, "", ""))
+                    os.kill(program.pid, signal.SIGHUP)
+                    program.wait_log("reloaded" if owner else "-failed")
+                    self.assertEqual(program.run("--stop")[0], 0)
             self.assertEqual(program.start(log=os.devnull), (0, "", ""))
             program.run("--stop")
             os.unlink(log)
@@ -4235,8 +4133,7 @@ class PrivilegesTest(unittest.TestCase):
 class ServiceManagerTest(unittest.TestCase):
     """systemd and inetd."""
 
-    @contextlib.contextmanager
-    def notify_socket(self):
+    def test_tells_systemd_how_it_goes(self):
         with tempfile.TemporaryDirectory() as directory, socket.socket(
                 socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             path = os.path.join(directory, "notify")
@@ -4244,13 +4141,8 @@ class ServiceManagerTest(unittest.TestCase):
             os.chmod(directory, 0o755)
             os.chmod(path, 0o666)
             sock.settimeout(HANG)
-            yield path, sock
-
-    def test_tells_systemd_how_it_goes(self):
-        with self.notify_socket() as (path, sock):
-            environment = {**os.environ, "NOTIFY_SOCKET": path,
-                           "WATCHDOG_USEC": "200000"}
-            with daemon(env=environment) as program:
+            with mock.patch.dict(os.environ, NOTIFY_SOCKET=path,
+                                 WATCHDOG_USEC="200000"), daemon() as program:
                 self.assertEqual(sock.recv(100).decode().split(),
                                  ["READY=1", f"MAINPID={program.pid}"])
                 for _ in range(3):
@@ -4272,7 +4164,7 @@ class ServiceManagerTest(unittest.TestCase):
                     pass
 
     def test_says_that_the_socket_of_systemd_is_away(self):
-        with background(start=False) as program:
+        with installed() as program:
             path = os.path.join(program.directory, "none")
             with mock.patch.dict(os.environ, NOTIFY_SOCKET=path):
                 self.assertEqual(program.start()[::2], (
@@ -4281,92 +4173,74 @@ class ServiceManagerTest(unittest.TestCase):
 
     @needs("systemd-socket-activate")
     def test_serves_a_socket_that_systemd_has_opened(self):
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        with config_file(USERS) as path:
-            os.chmod(os.path.dirname(path), 0o755)
-            with subprocess.Popen(
+        port = free_port()
+        with config_file(USERS) as path, \
+                open(path + ".log", "wb") as log, subprocess.Popen(
                     ["systemd-socket-activate", "-l", f"127.0.0.1:{port}",
                      *fingerd_command("--config", path)],
-                    stderr=subprocess.PIPE, text=True) as process:
-                program = Daemon(process)
-                program.wait_line("Listening on")
-                self.assertEqual(ask(("127.0.0.1", port), b"moshez\r\n"),
-                                 HAPPY)
-                program.wait_line(rf"ready listen=127\.0\.0\.1:{port} ")
-                self.assertEqual(program.stop(), 0)
-                program.reader.join(HANG)
+                    stderr=log) as process:
+            said = Logged(log.name)
+            said.wait_log("Listening on")
+            self.assertEqual(ask(("127.0.0.1", port), b"moshez\r\n"), HAPPY)
+            said.wait_log(rf"ready listen=127\.0\.0\.1:{port} ")
+            process.terminate()
+            self.assertEqual(process.wait(HANG), 0)
 
     def test_refuses_a_passed_descriptor_that_is_no_listening_socket(self):
-        command = " ".join(map(shlex.quote, fingerd_command(
-            "--config", str(EXAMPLE))))
-        with socket.socket() as sock:
-            for what, message in [
-                    ("/dev/null", "a socket: socket operation on non-socket"),
-                    (f"&{sock.fileno()}", "a listening TCP socket; write"
-                                          " ListenStream=79")]:
-                done = subprocess.run(
-                    f"LISTEN_PID=$$ LISTEN_FDS=1 exec {command} 3<{what}",
-                    shell=True, capture_output=True, text=True, timeout=HANG,
-                    pass_fds=[sock.fileno()])
+        def pass_it():
+            os.dup2(passed, 3)
+            os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+
+        with socket.socket() as sock, open(os.devnull) as null:
+            for file, message in [
+                    (null, "a socket: socket operation on non-socket"),
+                    (sock, "a listening TCP socket; write ListenStream=79")]:
+                passed = file.fileno()
                 self.assertEqual(
-                    (done.returncode, done.stderr),
-                    (1, f"fingerd: LISTEN_FDS: descriptor 3 is not {message}"
-                        "\n"))
+                    run_fingerd("--config", str(EXAMPLE), keep=[3],
+                                preexec_fn=pass_it),
+                    (1, "", "fingerd: LISTEN_FDS: descriptor 3 is not"
+                            f" {message}\n"))
 
     @contextlib.contextmanager
-    def journal(self, path, *args):
-        """Run the program with a file for the journal; give both."""
-        with tempfile.TemporaryFile("w+") as file:
-            info = os.fstat(file.fileno())
-            with subprocess.Popen(
-                    fingerd_command("--config", path, *args), stderr=file,
-                    stdout=subprocess.DEVNULL, env={
-                        **os.environ, "JOURNAL_STREAM":
-                        f"{info.st_dev}:{info.st_ino}"}) as process:
-                def read():
-                    return os.pread(file.fileno(), 65536, 0).decode()
-                try:
-                    yield process, read
-                finally:
-                    process.kill()
+    def in_the_journal(self, text=USERS):
+        """Give the program, whose log is what the journal reads."""
+        with installed(text) as program:
+            info = os.stat(write_file(program.directory, "log"))
+            with mock.patch.dict(os.environ, JOURNAL_STREAM=(
+                    f"{info.st_dev}:{info.st_ino}")):
+                yield program
 
     def test_lines_for_the_journal_carry_their_priority(self):
-        with config_file(USERS) as path:
-            for form, ready in [
-                    ("text", r"<5>ready listen=127\.0\.0\.1:(\d+) "),
-                    ("json", r'<5>{"time": .* "listen": "127.0.0.1:(\d+)"')]:
-                with self.subTest(format=form):
-                    pathlib.Path(path).write_text(
-                        f"[log]\nformat = {form}\n[web]\n" + USERS)
-                    with self.journal(path, "--listen", "127.0.0.1:0",
-                                      "--prefix", "who") as (process, read):
-                        wait_until(lambda read=read: "ready" in read(), "it")
-                        port = int(re.search(ready, read())[1])
-                        self.assertEqual(ask(("127.0.0.1", port),
-                                             b"moshez\r\n"), HAPPY)
-                        process.terminate()
-                        self.assertEqual(process.wait(HANG), 0)
-                        lines = read().splitlines()
-                    self.assertEqual(
-                        [line[:3] for line in lines if "as root" not in line],
-                        ["<4>", "<5>", "<6>", "<5>"])   # a warning is first
-                    self.assertNotRegex("\n".join(lines), "(fingerd|who): ")
+        for form in ("text", "json"):
+            with self.subTest(format=form), self.in_the_journal(
+                    f"[log]\nformat = {form}\n[web]\n" + USERS) as program:
+                program.serve("--prefix", "who")
+                self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+                self.assertEqual(program.stop(), 0)
+                lines = program.log()
+                self.assertEqual(
+                    [line[:3] for line in lines if "as root" not in line],
+                    ["<4>", "<5>", "<6>", "<5>"])   # a warning is first
+                self.assertNotRegex("\n".join(lines), "(fingerd|who): ")
+                self.assertRegex(lines[-1], '^<5>(stopped|{"time": )')
 
     def test_errors_for_the_journal_carry_their_priority(self):
-        with config_file("[nonsense]\n") as path:
-            with self.journal(path, "--check") as (process, read):
-                self.assertEqual(process.wait(HANG), 2)
-                first, last = read().splitlines()
-            self.assertIn(f"<3>{path}:1: [nonsense]", first)
-            self.assertEqual(last, f"<3>1 error in {path}, not started")
+        with self.in_the_journal("[nonsense]\n") as program:
+            program.serve("--check")
+            self.assertEqual(program.process.wait(HANG), 2)
+            first, last = program.log()
+            self.assertIn(f"<3>{program.config}:1: [nonsense]", first)
+            self.assertEqual(
+                last, f"<3>1 error in {program.config}, not started")
 
     def test_another_stderr_than_the_journal_gets_the_usual_lines(self):
-        with daemon(env={**os.environ, "JOURNAL_STREAM": "1:2"}) as program:
-            program.wait_line("^fingerd: ready ")
+        with mock.patch.dict(os.environ, JOURNAL_STREAM="1:2"), \
+                daemon() as program:
+            program.wait_log("^fingerd: ready ")
 
     @contextlib.contextmanager
-    def inetd(self, text, *args):
+    def inetd(self, text, *args, **options):
         """Give a client, and what serves it as inetd would: its status."""
         with config_file(text) as path, socket.create_server(
                 ("127.0.0.1", 0)) as listener, connect(
@@ -4375,45 +4249,36 @@ class ServiceManagerTest(unittest.TestCase):
 
             def serve():
                 with served:
-                    fd = served.fileno()
-                    return subprocess.call(
-                        fingerd_command("--config", path, "--inetd", *args),
-                        stdin=fd, stdout=fd, stderr=fd, timeout=HANG)
+                    return start_fingerd(
+                        "--config", path, "--inetd", *args, stdin=served,
+                        stdout=served, stderr=served, **options).wait(HANG)
             yield client, serve
 
-    def ask_inetd(self, text, send, *args):
-        """Ask what inetd has started; give the reply and the status."""
-        with self.inetd(text, *args) as (client, serve):
-            client.sendall(send)
-            client.shutdown(socket.SHUT_WR)
-            status = serve()
-            return read_all(client), status
-
     def test_serves_one_connection_for_inetd(self):
-        for text, reply in [
-                ("", HAPPY),
-                ("[server]\nbackend = finger\n[finger]\n"
-                 "command = /bin/echo for {user}\n", b"for moshez\r\n"),
-                ("[log]\nto = syslog\nsyslog_address = /no/such\n", HAPPY)]:
-            with self.subTest(text=text):
-                self.assertEqual(
-                    self.ask_inetd(text + USERS, b"moshez\r\n"), (reply, 0))
-
-    def test_a_client_of_inetd_has_its_time(self):
-        with self.inetd("[limits]\ntimeout = 0.1\n" + USERS) as (
-                client, serve):
-            client.sendall(b"mos")
-            self.assertEqual(serve(), 0)
-            self.assertEqual(read_all(client), b"Query timed out\r\n")
-
-    def test_a_fault_is_not_told_to_the_client_of_inetd(self):
-        for text, status, *args in [
-                ("[nonsense]\n", 2), (USERS, 1, "--rundir", "/no/such"),
-                (USERS, 1, "--logfile", "/no/such/log")]:
-            with self.subTest(args=args):
-                self.assertEqual(
-                    self.ask_inetd(text, b"moshez\r\n", *args),
-                    (FAILED, status))
+        fault = FAILED.decode()
+        finger = ("[server]\nbackend = finger\n[finger]\n"
+                  "command = /bin/echo for {user}\n")
+        warned = "[limits]\nqueries_per_minute = 9\n[web]\n"
+        for text, args, send, reply, status in [
+                ("", [], "moshez\r\n", "Happy and well\r\n", 0),
+                (finger, [], "moshez\r\n", "for moshez\r\n", 0),
+                ("[log]\nto = syslog\nsyslog_address = /no/such\n", [],
+                 "moshez\r\n", "Happy and well\r\n", 0),
+                # A client has its time, and is told of no warning or fault.
+                ("[limits]\ntimeout = 0.1\n", [], "mos",
+                 "Query timed out\r\n", 0),
+                (warned, [], "moshez\r\n", "Happy and well\r\n", 0),
+                ("[nonsense]\n", [], "moshez\r\n", fault, 2),
+                ("", ["--rundir", "/no/such"], "moshez\r\n", fault, 1),
+                ("", ["--logfile", "/no/such/log"], "moshez\r\n", fault, 1)]:
+            with self.subTest(text=text, args=args), self.inetd(
+                    text + USERS, *args, fresh=text == finger) as (
+                    client, serve):
+                client.sendall(send.encode())
+                if reply != "Query timed out\r\n":
+                    client.shutdown(socket.SHUT_WR)
+                self.assertEqual(serve(), status)
+                self.assertEqual(read_all(client), reply.encode())
 
     def test_a_client_of_inetd_that_has_left_before_the_start_is_gone(self):
         with tempfile.TemporaryDirectory() as directory:
@@ -4428,14 +4293,12 @@ class ServiceManagerTest(unittest.TestCase):
     def test_says_that_inetd_is_missing(self):
         with socket.create_server(("127.0.0.1", 0)) as listener, \
                 socket.socket(socket.AF_UNIX) as other:
-            for stdin in (subprocess.DEVNULL, listener.fileno(),
-                          other.fileno()):
-                done = subprocess.run(
-                    fingerd_command("--inetd", "--config", str(EXAMPLE)),
-                    stdin=stdin, capture_output=True, text=True, timeout=HANG)
-                self.assertEqual((done.returncode, done.stdout), (1, ""))
+            for stdin in (subprocess.DEVNULL, listener, other):
+                status, out, err = run_fingerd(
+                    "--inetd", "--config", str(EXAMPLE), stdin=stdin)
+                self.assertEqual((status, out), (1, ""))
                 self.assertRegex(
-                    done.stderr, "^fingerd: --inetd: standard input is not a"
+                    err, "^fingerd: --inetd: standard input is not a"
                     " connection: .*; have inetd start it\n$")
 
     @needs_root
@@ -4443,19 +4306,16 @@ class ServiceManagerTest(unittest.TestCase):
         inetd = shutil.which("inetd", path="/usr/sbin:/sbin")
         if not inetd:
             self.skipTest("inetd is not installed")
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        with tempfile.TemporaryDirectory() as directory:
-            config = os.path.join(directory, "fingerd.conf")
-            script = os.path.join(directory, "run")
-            table = os.path.join(directory, "inetd.conf")
-            log = os.path.join(directory, "log")
-            pathlib.Path(config).write_text(f"[log]\nto = {log}\n" + USERS)
-            pathlib.Path(script).write_text("#!/bin/sh\nexec " + " ".join(map(
-                shlex.quote, fingerd_command("--config", config, "--inetd"))))
+        port = free_port()
+        with installed() as program:
+            program.write(f"[log]\nto = {program.log_path}\n" + USERS)
+            script = write_file(
+                program.directory, "run", "#!/bin/sh\nexec " + " ".join(map(
+                    shlex.quote, fingerd_command("--config", program.config,
+                                                 "--inetd"))))
             os.chmod(script, 0o755)
-            os.chmod(directory, 0o755)
-            pathlib.Path(table).write_text(
+            table = write_file(
+                program.directory, "inetd.conf",
                 f"127.0.0.1:{port} stream tcp nowait root {script} fingerd\n")
             with subprocess.Popen([inetd, "-i", table],
                                   stderr=subprocess.DEVNULL) as process:
@@ -4464,105 +4324,91 @@ class ServiceManagerTest(unittest.TestCase):
                                "inetd")
                     self.assertEqual(ask(("127.0.0.1", port), b"moshez\r\n"),
                                      HAPPY)
-                    wait_until(lambda: 'q="moshez" outcome=answered'
-                               in pathlib.Path(log).read_text(), "the log")
+                    program.wait_log('q="moshez" outcome=answered')
                 finally:
                     process.terminate()
 
 
 class BundleTest(unittest.TestCase):
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.directory = directory.name
+        self.path = os.path.join(self.directory, "fingerd")
+
+    def run_file(self, path, *args):
+        """Run a copy of the program where it is."""
+        return run_fingerd(*args, command=[sys.executable, path],
+                           cwd=self.directory)
+
     def test_one_file_has_every_backend_and_the_right_statuses(self):
-        with tempfile.TemporaryDirectory() as directory:
-            path = os.path.join(directory, "fingerd")
-            self.assertEqual(run_fingerd("--bundle", path), (0, "", ""))
-            self.assertEqual(os.stat(path).st_mode & 0o777, 0o755)
-            with open(path, "rb") as file:
-                self.assertEqual(file.readline(), b"#!/usr/bin/env python3\n")
-            config = os.path.join(directory, "fingerd.conf")
-            pathlib.Path(config).write_text(
-                "[server]\nbackend = users finger web\n[finger]\ncommand ="
-                " /bin/echo for {user}\n[web]\nurl = http://127.0.0.1:1/"
-                "{user}\n" + USERS)
-            for args, status, out in [
-                    (["--query", "moshez"], 0, HAPPY),
-                    (["--query", "x"], 0, b"for x\r\n"),
-                    (["--check"], 0, b"fingerd.conf is good\n"),
-                    (["--nonsense"], 2, b""),
-                    (["--listen", "192.0.2.1:1"], 1, b"")]:
-                done = subprocess.run([sys.executable, path, *args],
-                                      cwd=directory, timeout=HANG,
-                                      capture_output=True)
-                self.assertEqual((done.returncode, done.stdout),
-                                 (status, out), done.stderr)
-            again = os.path.join(directory, "again")
-            subprocess.run([sys.executable, path, "--bundle", again],
-                           timeout=HANG, check=True)
-            with zipfile.ZipFile(path) as one, zipfile.ZipFile(again) as two:
+        self.assertEqual(run_fingerd("--bundle", self.path), (0, "", ""))
+        self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o755)
+        with open(self.path, "rb") as file:
+            self.assertEqual(file.readline(), b"#!/usr/bin/env python3\n")
+        write_file(self.directory, "fingerd.conf",
+                   "[server]\nbackend = users finger web\n[finger]\ncommand ="
+                   " /bin/echo for {user}\n[web]\nurl = http://127.0.0.1:1/"
+                   "{user}\n" + USERS)
+        for args, status, out in [
+                (["--query", "moshez"], 0, "Happy and well\n"),
+                (["--query", "x"], 0, "for x\n"),
+                (["--check"], 0, "fingerd.conf is good\n"),
+                (["--nonsense"], 2, ""),
+                (["--listen", "192.0.2.1:1"], 1, ""),
+                (["--bundle", "again"], 0, "")]:
+            self.assertEqual(self.run_file(self.path, *args)[:2],
+                             (status, out))
+        with zipfile.ZipFile(self.path) as one, zipfile.ZipFile(
+                os.path.join(self.directory, "again")) as two:
+            for bundle in (one, two):
                 self.assertEqual(
-                    sorted(one.namelist()),
+                    sorted(bundle.namelist()),
                     ["__main__.py", "fingerd.py", "fingerd.pyc",
                      "fingerd_backends.py", "fingerd_backends.pyc"])
-                self.assertEqual(sorted(one.namelist()),
-                                 sorted(two.namelist()))
-                for name in ("fingerd.py", "fingerd_backends.py"):
-                    self.assertEqual(one.read(name), two.read(name))
+            for name in ("fingerd.py", "fingerd_backends.py"):
+                self.assertEqual(one.read(name), two.read(name))
 
     def test_takes_the_compiled_code_if_it_is_of_this_python(self):
-        with tempfile.TemporaryDirectory() as directory:
-            path = os.path.join(directory, "fingerd")
-            self.assertEqual(call_fingerd("--bundle", path), (0, "", ""))
-            with zipfile.ZipFile(path) as bundle:
-                files = {name: bundle.read(name)
-                         for name in bundle.namelist()}
-            code = files["fingerd.pyc"]
-            for name, data in [("fingerd.py", b"raise SystemExit(9)"),
-                               ("fingerd.pyc", b"\0\0\r\n" + code[4:])]:
-                with zipfile.ZipFile(path, "w") as bundle:
-                    for other in files:
-                        bundle.writestr(other, data if other == name
-                                        else files[other])
-                done = subprocess.run([sys.executable, path, "--version"],
-                                      stdout=subprocess.PIPE, timeout=HANG)
-                self.assertEqual((done.returncode, done.stdout), (
-                    0, f"fingerd {fingerd.__version__}\n".encode()), name)
+        self.assertEqual(run_fingerd("--bundle", self.path), (0, "", ""))
+        with zipfile.ZipFile(self.path) as bundle:
+            files = {name: bundle.read(name) for name in bundle.namelist()}
+        code = files["fingerd.pyc"]
+        for name, data in [("fingerd.py", b"raise SystemExit(9)"),
+                           ("fingerd.pyc", b"\0\0\r\n" + code[4:])]:
+            with zipfile.ZipFile(self.path, "w") as bundle:
+                for other, content in {**files, name: data}.items():
+                    bundle.writestr(other, content)
+            self.assertEqual(
+                self.run_file(self.path, "--version"),
+                (0, f"fingerd {fingerd.__version__}\n", ""), name)
 
     def test_a_renamed_copy_can_be_bundled(self):
-        with tempfile.TemporaryDirectory() as directory:
-            copy = os.path.join(directory, "finger-daemon")
-            shutil.copy(PROGRAM, copy)
-            shutil.copy(HERE / "fingerd_backends.py", directory)
-            subprocess.run([sys.executable, copy, "--bundle", "out"],
-                           cwd=directory, timeout=HANG, check=True)
-            with zipfile.ZipFile(os.path.join(directory, "out")) as bundle:
-                self.assertEqual(bundle.read("fingerd.py"),
-                                 PROGRAM.read_bytes())
+        copy = os.path.join(self.directory, "finger-daemon")
+        shutil.copy(PROGRAM, copy)
+        shutil.copy(HERE / "fingerd_backends.py", self.directory)
+        self.assertEqual(self.run_file(copy, "--bundle", "out"), (0, "", ""))
+        with zipfile.ZipFile(os.path.join(self.directory, "out")) as bundle:
+            self.assertEqual(bundle.read("fingerd.py"), PROGRAM.read_bytes())
 
     def test_needs_both_files_of_one_release(self):
-        with tempfile.TemporaryDirectory() as directory:
-            shutil.copy(PROGRAM, directory)
-            done = subprocess.run(
-                [sys.executable, "fingerd.py", "--bundle", "out"],
-                cwd=directory, capture_output=True, text=True, timeout=HANG)
-            self.assertEqual((done.returncode, done.stderr), (
-                2, "fingerd: --bundle: needs fingerd_backends.py, which is"
+        shutil.copy(PROGRAM, self.directory)
+        self.assertEqual(self.run_file("fingerd.py", "--bundle", "out"), (
+            2, "", "fingerd: --bundle: needs fingerd_backends.py, which is"
                    " not beside fingerd.py; copy it there too\n"))
-            self.assertEqual(os.listdir(directory), ["fingerd.py"])
+        self.assertEqual(os.listdir(self.directory), ["fingerd.py"])
 
     def test_changes_the_mode_of_nothing_but_a_file(self):
         """As root, --bundle /dev/null must not make that unwritable."""
-        with tempfile.TemporaryDirectory() as directory:
-            path = os.path.join(directory, "pipe")
-            bundle = os.path.join(directory, "fingerd")
-            os.mkfifo(path, 0o600)
-            with open(bundle, "wb") as file, subprocess.Popen(
-                    ["cat", path], stdout=file) as cat:
-                self.assertEqual(run_fingerd("--bundle", path), (0, "", ""))
-                self.assertEqual(cat.wait(HANG), 0)
-            self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
-            done = subprocess.run([sys.executable, bundle, "--version"],
-                                  stdout=subprocess.PIPE, timeout=HANG)
-            self.assertEqual(done.stdout.decode(),
-                             f"fingerd {fingerd.__version__}\n")
+        fifo = os.path.join(self.directory, "pipe")
+        os.mkfifo(fifo, 0o600)
+        with open(self.path, "wb") as file, subprocess.Popen(
+                ["cat", fifo], stdout=file) as cat:
+            self.assertEqual(run_fingerd("--bundle", fifo), (0, "", ""))
+            self.assertEqual(cat.wait(HANG), 0)
+        self.assertEqual(os.stat(fifo).st_mode & 0o777, 0o600)
+        self.assertEqual(self.run_file(self.path, "--version"),
+                         (0, f"fingerd {fingerd.__version__}\n", ""))
 
     def test_says_why_it_cannot_write(self):
         self.assertEqual(run_fingerd("--bundle", str(HERE)), (
@@ -4595,16 +4441,13 @@ LINES = ("-x", "--", "--help", "-", "", "/W moshez", "a=b", "=", "a\nb",
 
 class CommandLineTest(unittest.TestCase):
     def test_prints_its_version(self):
-        self.assertEqual(run_fingerd("--version"),
+        self.assertEqual(run_fingerd("--version", fresh=True),
                          (0, f"fingerd {fingerd.__version__}\n", ""))
 
     def test_checks_a_config(self):
-        with config_file(USERS) as path:
-            self.assertEqual(run_fingerd("--config", path, "--check"),
-                             (0, f"{path} is good\n", ""))
         with config_file("[limits]\ntimeout = x\n") as path:
             self.assertEqual(
-                run_fingerd("--config", path, "--check"),
+                run_fingerd("--config", path, "--check", fresh=True),
                 (2, "", f'fingerd: {path}:2: timeout: "x" is not a number of'
                         ' seconds; write e.g. timeout = 10\n'
                         f'fingerd: 1 error in {path}, not started\n'))
@@ -4621,18 +4464,19 @@ class CommandLineTest(unittest.TestCase):
                     (4, "queries_per_minute"), (5, "max_clients_per_host")])
             sockets = ("listen: is not used with systemd's sockets; remove"
                        " it\n")
-            me = os.getpid()
             for args, pid, number, warnings in [
-                    ([], 0, 1, web), ([], 1, 1, web), ([], me, 0, web),
-                    ([], me, "x", web), (["--inetd"], 0, 0, web + limits),
-                    ([], me, 1, web + f"fingerd: {path}:2: {sockets}"),
-                    (["--listen", "localhost:80"], me, 1,
+                    ([], 0, 1, web), ([], 1, 1, web), ([], None, 0, web),
+                    ([], None, "x", web), (["--inetd"], 0, 0, web + limits),
+                    ([], None, 1, web + f"fingerd: {path}:2: {sockets}"),
+                    (["--listen", "localhost:80"], None, 1,
                      web + f"fingerd: --{sockets}")]:
-                with self.subTest(args=args, pid=pid, number=number), \
-                        mock.patch.dict(os.environ, LISTEN_PID=str(pid),
-                                        LISTEN_FDS=str(number)):
+                with self.subTest(args=args, pid=pid, number=number):
                     self.assertEqual(
-                        call_fingerd("--config", path, "--check", *args),
+                        run_fingerd("--config", path, "--check", *args,
+                                    preexec_fn=lambda: os.environ.update(
+                                        LISTEN_PID=str(pid if pid is not None
+                                                       else os.getpid()),
+                                        LISTEN_FDS=str(number))),
                         (0, f"{path} is good\n", warnings))
 
     def test_logs_what_a_backend_reports_at_its_level(self):
@@ -4640,80 +4484,39 @@ class CommandLineTest(unittest.TestCase):
         with config_file(text) as path, mock.patch.dict(fingerd.BACKENDS,
                                                         picky=Picky):
             self.assertEqual(
-                call_fingerd("--config", path, "--check"),
+                run_fingerd("--config", path, "--check"),
                 (0, f"{path} is good\n",
                  'fingerd: backend name=picky text="is loud"\n'))
 
     def test_warns_at_the_start_but_not_in_a_query(self):
-        text = USERS + "[web]\n"
-        with daemon(text) as program:
-            program.wait_line(r"ready ")
-            self.assertRegex(program.lines[0],
+        with daemon(USERS + "[web]\n") as program:
+            program.wait_log(r"ready ")
+            self.assertRegex(program.log()[0],
                              r"^fingerd: .*:7: \[web\]: is not used; add")
-        with config_file(text) as path:
-            self.assertEqual(run_fingerd("--config", path, "--query", "bob"),
-                             (0, "No such user\n", ""))
-
-    def query(self, text, *calls):
-        """Ask with --query, all in one process: as root it becomes nobody."""
-        code = ("import fingerd, json, sys\n"
-                "for args in json.loads(sys.argv[1]):\n"
-                "    print(fingerd.main(args), flush=True)\n")
-        with config_file(text) as path:
-            os.chmod(os.path.dirname(path), 0o755)
-            arguments = [["--config", path, "--query", *args]
-                         for args in calls]
-            done = subprocess.run(
-                [sys.executable, "-c", code, json.dumps(arguments)], cwd=HERE,
-                capture_output=True, text=True, timeout=HANG)
-        return done.stdout, done.stderr
-
-    def test_prints_no_warning_to_the_client_of_inetd(self):
-        text = "[limits]\nqueries_per_minute = 9\n[web]\n" + USERS
-        with config_file(text) as path, socket.create_server(
-                ("127.0.0.1", 0)) as listener, connect(
-                listener.getsockname()) as client:
-            served, _ = listener.accept()
-            with subprocess.Popen(
-                    fingerd_command("--config", path, "--inetd"),
-                    stdin=served.fileno(), stdout=served.fileno(),
-                    stderr=served.fileno()) as process:
-                served.close()
-                client.sendall(b"moshez\r\n")
-                self.assertEqual(read_all(client), HAPPY)
-                client.close()
-            self.assertEqual(process.returncode, 0)
+            self.assertEqual(
+                run_fingerd("--config", program.config, "--query", "bob"),
+                (0, "No such user\n", ""))
 
     def test_prints_what_a_client_would_get(self):
-        table = [
-            (["moshez"], "Happy and well\n0\n"),
-            (["/W moshez@localhost"], "Happy and well\n0\n"),
-            (["bob"], "No such user\n0\n"),
-            ([""], "Finger online user list denied\n0\n"),
-            (["a\x1bb"], "Malformed query\n0\n"),
-            (["\udc80"], "Malformed query\n0\n"),
-            (["-x"], "No such user\n0\n"),
-            (["--"], "No such user\n0\n"),
-            (["x" * 513], "Query too long\n0\n"),
-            (["moshez", "--from", "192.0.2.7"], "Access denied\n0\n"),
-            (["moshez", "--from", "::ffff:192.0.2.7"],
-             "Access denied\n0\n"),
-            (["moshez", "--from", "198.51.100.1"], "Happy and well\n0\n")]
-        out, err = self.query(
-            "[server]\ndeny = ::ffff:192.0.2.0/120\n" + USERS,
-            *[args for args, _ in table])
-        self.assertEqual(out, "".join(reply for _, reply in table))
-        self.assertEqual(err, "")
-
-    def test_a_query_is_from_an_address(self):
-        addresses = ["me", "", "192.0.2.7/32", "::1\n", "\udcff", "--"]
-        out, err = self.query(USERS, *[["moshez", "--from", address]
-                                       for address in addresses])
-        self.assertEqual(out, "2\n" * len(addresses))
-        shown = ["me", "", "192.0.2.7/32", "::1\\n", "\\xff", "--"]
-        self.assertEqual(err, "".join(
-            f'fingerd: --from: "{address}" is not an address; write e.g.'
-            " --from 192.0.2.7\n" for address in shown))
+        with config_file("[server]\ndeny = ::ffff:192.0.2.0/120\n"
+                         + USERS) as path:
+            for args, reply in [
+                    (["moshez"], "Happy and well"),
+                    (["/W moshez@localhost"], "Happy and well"),
+                    (["bob"], "No such user"),
+                    ([""], "Finger online user list denied"),
+                    (["a\x1bb"], "Malformed query"),
+                    (["\udc80"], "Malformed query"),
+                    (["-x"], "No such user"), (["--"], "No such user"),
+                    (["x" * 513], "Query too long"),
+                    (["moshez", "--from", "192.0.2.7"], "Access denied"),
+                    (["moshez", "--from", "::ffff:192.0.2.7"],
+                     "Access denied"),
+                    (["moshez", "--from", "198.51.100.1"], "Happy and well")]:
+                with self.subTest(args=args):
+                    self.assertEqual(
+                        run_fingerd("--config", path, "--query", *args),
+                        (0, reply + "\n", ""))
 
     def test_query_has_a_status_for_a_failed_backend(self):
         text = ("[server]\nbackend = web\n[web]\n"
@@ -4735,24 +4538,23 @@ class CommandLineTest(unittest.TestCase):
 
     def test_a_bad_value_is_an_error_of_one_line(self):
         for row in fingerd.SETTINGS:
-            for value in LINES if row.flags else ():
-                for flag in row.flags:
-                    with self.subTest(flag=flag, value=value):
-                        said = call_fingerd("--config", str(EXAMPLE),
-                                            "--check", flag, value)
-                        if said[0]:
-                            self.assertEqual(said[:2], (2, ""))
-                            self.assertRegex(
-                                said[2], r"\Afingerd: --[a-z]+: .+\n"
-                                r"fingerd: 1 error on .+, not started\n\Z")
-                        else:               # it is a name, a word, a path
-                            self.assertEqual(said[1],
-                                             f"{EXAMPLE} is good\n")
+            for flag, value in itertools.product(row.flags, LINES):
+                with self.subTest(flag=flag, value=value), \
+                        contextlib.suppress(fingerd.ConfigError):
+                    args = fingerd.parse_options(["--check", flag, value])
+                    try:
+                        read_config("", {row.name: getattr(args, row.name)})
+                    except fingerd.ConfigError as error:
+                        self.assertRegex(
+                            str(error), r"\A--[a-z]+: .+\n"
+                            r"1 error on .+, not started\Z")
 
     def test_complains_of_wrong_options_in_one_line(self):
+        missing = ("cannot read the config: no such file or directory{}; name"
+                   " another with --config")
         for args, message in [
-                (["--config", ""], "cannot read the config: no such file or"
-                 " directory; name another with --config"),
+                (["--config", ""], missing.format("")),
+                (["--config", "a\nb\udcff"], missing.format(": a\\nb\\xff")),
                 (["--listne", "x"], '"--listne" is not an option; see'
                                     ' --help'),
                 (["--conf", "x"], '"--conf" is not an option; see --help'),
@@ -4766,12 +4568,17 @@ class CommandLineTest(unittest.TestCase):
                 (["--check", "fingerd.conf"], '"fingerd.conf" is not an'
                                               ' option; see --help'),
                 (["--from", "::1"], "--from: goes with --query only"),
-                (["--config", "a\nb\udcff"], "cannot read the config: no such"
-                 " file or directory: a\\nb\\xff; name another with --config"),
+                *((["--config", str(EXAMPLE), "--query", "x", "--from", text],
+                   f'--from: "{shown}" is not an address; write e.g.'
+                   " --from 192.0.2.7")
+                  for text, shown in [
+                      ("me", "me"), ("", ""), ("--", "--"),
+                      ("192.0.2.7/32", "192.0.2.7/32"), ("::1\n", "::1\\n"),
+                      ("\udcff", "\\xff")]),
                 (["--bundle", "/no/such/a\nb"], "cannot write the bundle: no"
                  " such file or directory: /no/such/a\\nb")]:
             with self.subTest(args=args):
-                status, out, err = call_fingerd(*args)
+                status, out, err = run_fingerd(*args)
                 self.assertEqual((out, err), ("", f"fingerd: {message}\n"))
                 self.assertEqual(status, 1 if "--bundle" in args else 2)
 
@@ -4782,7 +4589,7 @@ class CommandLineTest(unittest.TestCase):
             high = os.dup2(end.fileno(), 200)
             inherited = [config.fileno(), end.fileno(), high]
             with daemon("", "--config", f"/dev/fd/{config.fileno()}",
-                        pass_fds=inherited) as program:
+                        fresh=True, pass_fds=inherited) as program:
                 os.close(high)
                 end.close()
                 self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
@@ -4791,33 +4598,24 @@ class CommandLineTest(unittest.TestCase):
                 self.assertEqual(pipe.read(), b"")
 
     def test_keeps_the_sockets_that_systemd_passes_and_no_more(self):
-        code = ("import os, sys\n"
-                "os.dup2(100, 3)\n"
-                "os.dup2(101, 4)\n"
-                "os.environ.update(LISTEN_PID=str(os.getpid()),"
-                " LISTEN_FDS='1')\n"
-                "os.execv(sys.argv[1], sys.argv[1:])\n")
         reader, writer = os.pipe()
-        with open(reader, "rb") as pipe, config_file(USERS) as path, \
-                socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def pass_it():
+            copy = fcntl.fcntl(writer, fcntl.F_DUPFD, 10)
+            os.dup2(listener.fileno(), 3)
+            os.dup2(copy, 4)
+            os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+
+        with open(reader, "rb") as pipe, socket.create_server(
+                ("127.0.0.1", 0)) as listener, installed() as program:
             address = listener.getsockname()
-            os.dup2(listener.fileno(), 100)
-            os.dup2(writer, 101)
-            process = subprocess.Popen(
-                [sys.executable, "-c", code,
-                 *fingerd_command("--config", path)],
-                pass_fds=[100, 101], stderr=subprocess.PIPE, text=True)
-            for fd in (100, 101, writer):
-                os.close(fd)
+            program.serve(keep=[3, 4], preexec_fn=pass_it)
+            os.close(writer)
             listener.close()
-            with process, contextlib.ExitStack() as stack:
-                program = Daemon(process)
-                stack.callback(program.reader.join, HANG)
-                stack.callback(process.kill)
-                self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
-                ready, _, _ = select.select([pipe], [], [], HANG)
-                self.assertEqual(ready, [pipe])
-                self.assertEqual(program.stop(), 0)
+            self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
+            ready, _, _ = select.select([pipe], [], [], HANG)
+            self.assertEqual(ready, [pipe])
+            self.assertEqual(program.stop(), 0)
 
     def test_survives_streams_that_are_closed_or_full(self):
         command = " ".join(map(shlex.quote, fingerd_command()))
@@ -4838,25 +4636,17 @@ class CommandLineTest(unittest.TestCase):
                 self.assertEqual((done.returncode, done.stderr),
                                  (status, err))
 
-    @unittest.skipUnless(os.path.exists("/proc/self/fd"), "no /proc here")
+    @needs_proc
     def test_never_writes_its_log_to_a_client(self):
-        with tempfile.TemporaryDirectory() as directory, config_file(
-                f"[log]\nto = {directory}/log\n" + USERS) as path:
-            process = subprocess.Popen(
-                ["/bin/sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh",
-                 *fingerd_command("--config", path, "--listen",
-                                  "127.0.0.1:0")])
-            try:
-                wait_until(lambda: os.path.exists(f"{directory}/log") and
-                           "ready" in pathlib.Path(directory, "log")
-                           .read_text(), "ready")
-                for fd in range(3):
-                    self.assertEqual(
-                        os.readlink(f"/proc/{process.pid}/fd/{fd}"),
-                        os.devnull)
-            finally:
-                process.terminate()
-                self.assertEqual(process.wait(HANG), 0)
+        with installed() as program:
+            program.write(f"[log]\nto = {program.directory}/log\n" + USERS)
+            program.serve(command=["/bin/sh", "-c", 'exec "$@" <&- >&- 2>&-',
+                                   "sh", *fingerd_command()])
+            program.wait_log("ready")
+            for fd in range(3):
+                self.assertEqual(os.readlink(f"/proc/{program.pid}/fd/{fd}"),
+                                 os.devnull)
+            self.assertEqual(program.stop(), 0)
 
     def test_looks_for_its_config(self):
         with config_file(USERS) as path:
@@ -4876,90 +4666,61 @@ class CommandLineTest(unittest.TestCase):
 class LoneCopyTest(unittest.TestCase):
     """fingerd.py alone in an empty directory."""
 
-    @contextlib.contextmanager
-    def lone_copy(self, text):
-        with config_file(text) as path:
-            shutil.copy(PROGRAM, os.path.dirname(path))
-            yield os.path.dirname(path)
-
-    def run_copy(self, directory, *args):
-        done = subprocess.run([sys.executable, "fingerd.py", *args],
-                              cwd=directory, text=True, capture_output=True,
-                              timeout=HANG)
-        return done.returncode, done.stdout, done.stderr
+    def setUp(self):
+        context = installed()
+        self.program = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        self.directory = self.program.directory
+        shutil.copy(PROGRAM, self.directory)
+        self.command = {"command": [sys.executable, "fingerd.py"],
+                        "cwd": self.directory}
 
     def test_serves_the_users(self):
-        with self.lone_copy(EXAMPLE.read_text()) as directory:
-            with subprocess.Popen(
-                    [sys.executable, "fingerd.py", "--listen", "127.0.0.1:0"],
-                    cwd=directory, stderr=subprocess.PIPE, text=True
-                    ) as process:
-                program = Daemon(process)
-                self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
-                self.assertEqual(program.stop(), 0)
-                program.reader.join(HANG)
-            self.assertEqual(self.run_copy(directory, "--help")[0], 0)
-            self.assertEqual(sorted(os.listdir(directory)),
-                             ["fingerd.conf", "fingerd.py"])
+        self.program.serve(**self.command)
+        self.assertEqual(ask(self.program.address, b"moshez\r\n"), HAPPY)
+        self.assertEqual(self.program.stop(), 0)
+        self.assertEqual(run_fingerd("--help", **self.command)[0], 0)
+        self.assertEqual(sorted(os.listdir(self.directory)),
+                         ["fingerd.conf", "fingerd.py", "log"])
 
-    def test_says_what_a_backend_of_the_other_file_needs(self):
-        with self.lone_copy("[server]\nbackend = users web\n[web]\n"
-                            "prefix = http://example.org/~\n") as directory:
-            self.assertEqual(self.run_copy(directory), (
-                2, "", 'fingerd: fingerd.conf:2: backend: "web" needs'
-                ' fingerd_backends.py, which is not beside fingerd.py; copy'
-                ' it there too, or write backend = users\n'
-                'fingerd: 1 error in fingerd.conf, not started\n'))
-
-    def test_guesses_what_a_misspelt_backend_means(self):
-        with self.lone_copy("[server]\nbackend = usres\n") as directory:
-            self.assertEqual(self.run_copy(directory)[2].splitlines()[0], (
-                'fingerd: fingerd.conf:2: backend: "usres" is not a backend;'
-                ' did you mean users?'))
-
-    def test_says_so_of_a_section_too(self):
-        with self.lone_copy("[web]\ncache = 1\n[servers]\n[limit]\n"
-                            ) as directory:
-            self.assertEqual(self.run_copy(directory)[2].splitlines()[:3], [
-                'fingerd: fingerd.conf:1: [web]: needs fingerd_backends.py,'
-                ' which is not beside fingerd.py; copy it there too, or'
-                ' remove the section',
-                'fingerd: fingerd.conf:3: [servers]: no such section; did you'
-                ' mean [server]?',
-                'fingerd: fingerd.conf:4: [limit]: no such section; did you'
-                ' mean [limits]?'])
-
-    def test_refuses_backends_of_another_version(self):
-        with self.lone_copy("[server]\nbackend = web\n") as directory:
-            text = (HERE / "fingerd_backends.py").read_text()
-            version = fingerd.__version__
-            pathlib.Path(directory, "fingerd_backends.py").write_text(
-                text.replace(f'__version__ = "{version}"',
-                             '__version__ = "0.9"'))
-            self.assertEqual(self.run_copy(directory)[2].splitlines()[0], (
-                'fingerd: fingerd.conf:2: backend: "web" cannot be used:'
-                f' fingerd.py is version {version}, but fingerd_backends.py'
-                ' is 0.9; copy both from one release, or write backend ='
-                ' users'))
-
-    def test_names_what_the_other_file_cannot_import(self):
-        with self.lone_copy("[server]\nbackend = web\nuser_list = x\n[webb]\n"
-                            "[limit]\n") as directory:
-            pathlib.Path(directory, "fingerd_backends.py").write_text(
-                "import no_such_module_79\n")
-            why = ("needs fingerd_backends.py, which cannot be imported (No"
-                   " module named 'no_such_module_79'); restart once it can")
-            status, _, err = self.run_copy(directory)
-            self.assertEqual((status, err.splitlines()), (2, [
-                f'fingerd: fingerd.conf:2: backend: "web" {why}, or write'
-                ' backend = users',
-                'fingerd: fingerd.conf:3: user_list: "x" is not one of yes,'
-                ' true, on, 1, no, false, off, 0; write e.g. user_list = no',
-                f'fingerd: fingerd.conf:4: [webb]: {why}, or remove the'
-                ' section',
-                'fingerd: fingerd.conf:5: [limit]: no such section; did you'
-                ' mean [limits]?',
-                'fingerd: 4 errors in fingerd.conf, not started']))
+    def test_says_what_it_needs_the_other_file_for(self):
+        version = fingerd.__version__
+        backends = (HERE / "fingerd_backends.py").read_text()
+        why = ("needs fingerd_backends.py, which cannot be imported (No"
+               " module named 'no_such_module_79'); restart once it can")
+        absent = ("needs fingerd_backends.py, which is not beside fingerd.py;"
+                  " copy it there too")
+        for text, other, errors in [
+                ("[server]\nbackend = users web\n[web]\n"
+                 "prefix = http://example.org/~\n", None,
+                 [f'2: backend: "web" {absent}, or write backend = users']),
+                ("[server]\nbackend = usres\n", None,
+                 ['2: backend: "usres" is not a backend; did you mean users?'
+                  ]),
+                ("[web]\ncache = 1\n[servers]\n[limit]\n", None,
+                 [f"1: [web]: {absent}, or remove the section",
+                  "3: [servers]: no such section; did you mean [server]?",
+                  "4: [limit]: no such section; did you mean [limits]?"]),
+                ("[server]\nbackend = web\n", backends.replace(
+                    f'__version__ = "{version}"', '__version__ = "0.9"'),
+                 [f'2: backend: "web" cannot be used: fingerd.py is version'
+                  f" {version}, but fingerd_backends.py is 0.9; copy both"
+                  " from one release, or write backend = users"]),
+                ("[server]\nbackend = web\nuser_list = x\n[webb]\n[limit]\n",
+                 "import no_such_module_79\n",
+                 [f'2: backend: "web" {why}, or write backend = users',
+                  '3: user_list: "x" is not one of yes, true, on, 1, no,'
+                  " false, off, 0; write e.g. user_list = no",
+                  f"4: [webb]: {why}, or remove the section",
+                  "5: [limit]: no such section; did you mean [limits]?"])]:
+            with self.subTest(text=text):
+                self.program.write(text)
+                if other:
+                    write_file(self.directory, "fingerd_backends.py", other)
+                count = f"{len(errors)} error" + "s" * (len(errors) > 1)
+                self.assertEqual(run_fingerd(**self.command), (2, "", "".join(
+                    f"fingerd: fingerd.conf:{error}\n" for error in errors)
+                    + f"fingerd: {count} in fingerd.conf, not started\n"))
 
 
 # ---- Backends -------------------------------------------------------------

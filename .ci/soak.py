@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import os
 import pathlib
 import random
@@ -33,11 +34,9 @@ from test_fingerd import (
     background,
     connect,
     drip,
-    processes_with,
     raw,
     read_all,
     reset,
-    status_of,
     text_page,
     wait_until,
 )
@@ -93,6 +92,16 @@ PAGES = {
                     + b"x\n" * 500000),
     "/w-noise": raw(bytes(range(256)) * 40),
 }
+
+
+def processes_with(mark):
+    """Give the processes with this in their command line."""
+    found = []
+    for path in glob.glob("/proc/[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in pathlib.Path(path).read_bytes():
+                found.append(path)
+    return found
 
 
 class Soak:
@@ -194,7 +203,8 @@ class Soak:
         self.write(self.config)
         os.kill(pid, signal.SIGHUP)
         wait_until(lambda: not processes_with(MARK), "the programs' end")
-        wait_until(lambda: status_of(pid, "Threads") == 1, "the threads' end")
+        wait_until(lambda: self.program.status("Threads") == ["1"],
+                   "the threads' end")
         for _ in range(10):
             if ask(self.address, b"moshez\r\n") != HAPPY:
                 raise AssertionError("it no longer answers")
@@ -203,7 +213,7 @@ class Soak:
                 raise AssertionError(line)
         # A client that has just been answered is not closed yet.
         wait_until(lambda: self.descriptors() <= self.least, "the closes")
-        return status_of(pid, "VmRSS")
+        return int(self.program.status("VmRSS")[0])
 
     def descriptors(self):
         return len(os.listdir(f"/proc/{self.program.pid}/fd"))
@@ -230,7 +240,7 @@ def soaking():
             script = pathlib.Path(program.directory, "script")
             script.write_text(SCRIPT)
             script.chmod(0o755)
-            result = program.start()
+            result = program.start(fresh=True)
             if result != (0, "", ""):
                 raise AssertionError(result)
             yield Soak(program, config)
