@@ -62,7 +62,6 @@ from typing import (
     Callable,
     Container,
     Iterable,
-    Iterator,
     NamedTuple,
     NoReturn,
 )
@@ -378,18 +377,13 @@ class UsersBackend:
                  report: Callable[[str], None]) -> None:
         self.replies = {name.lower(): to_wire(text)
                         for name, text in options.items()}
-        self.list = self.make_list(options)
-
-    @staticmethod
-    def make_list(users: dict[str, str]) -> bytes:
-        """Give each user a line, with the first line of the text."""
-        names = list(users)[:MAX_LISTED]
+        names = list(options)[:MAX_LISTED]
         width = max(map(len, names), default=0)
-        lines = [f"{name:{width}}  {users[name].partition(chr(10))[0]}"
+        lines = [f"{name:{width}}  {options[name].partition(chr(10))[0]}"
                  for name in names]
-        if len(users) > MAX_LISTED:
+        if len(options) > MAX_LISTED:
             lines.append("[truncated]")
-        return to_wire("\n".join(lines))
+        self.list = to_wire("\n".join(lines))
 
     def lookup(self, user: str, verbose: bool, client: str,
                timeout: float) -> bytes | None:
@@ -445,7 +439,6 @@ def find_backend(name: str, sections: tuple[str, ...] = ()) -> Any:
 
 # ---- Settings -------------------------------------------------------------
 
-NO_ID = 0xffffffff              # -1, which setuid(2) takes for "leave it"
 FACILITIES = (                  # by their numbers: RFC 3164 4.1.1
     "kern", "user", "mail", "daemon", "auth", "syslog", "lpr", "news", "uucp",
     "cron", "authpriv", "ftp", "ntp", "audit", "alert", "clock", "local0",
@@ -605,7 +598,8 @@ def to_syslog(text: str) -> str | tuple[str, int]:
     return text if re.fullmatch(f"/{PATH}*", text) else to_address(text)
 
 
-to_id = number_from(0, NO_ID - 1, "a whole number")
+# The next number would be -1, which setuid(2) takes for "leave it".
+to_id = number_from(0, 0xfffffffe, "a whole number")
 KINDS: dict[str, Callable[[str], Any]] = {
     "yes/no": to_bool,
     "seconds": number_from(0.001, MAX_SECONDS, "a number of seconds"),
@@ -641,46 +635,35 @@ CORE: dict[str, tuple[tuple[str, ...], ...]] = {
     "server": (
         ("listen", "addresses", "localhost:1079",
          "addresses to answer on: host:port, [v6]:port, *:port", "--listen"),
-        ("backend", "backends", "users",
-         "backends to ask, in order: users, finger, web, web:NAME"),
-        ("user_list", "yes/no", "no",
-         "answer the empty query with a list of users?"),
-        ("forward", "next hops", "no",
-         "hosts that user@host may be forwarded to"),
+        ("backend", "backends", "users", "backends to ask, in order"),
+        ("user_list", "yes/no", "no", "list users for the empty query?"),
+        ("forward", "next hops", "no", "hosts that user@host is sent to"),
         ("welcome", "text", "", "text for the empty query, instead of a list"),
         ("header", "text", "", "text above each answer"),
         ("footer", "text", "", "text below each answer"),
         ("hostname", "hosts", "", "names of this host; empty: the system's"),
         ("allow", "networks", "", "networks that are answered; empty: all"),
         ("deny", "networks", "", "networks that are not, even if allowed"),
-        ("proxy_from", "networks", "",
-         "networks of load balancers that speak the PROXY protocol"),
+        ("proxy_from", "networks", "", "load balancers that speak PROXY"),
     ),
     "limits": (
-        ("timeout", "seconds", "10",
-         "seconds for the query, for the backend, and for the reply"),
+        ("timeout", "seconds", "10", "seconds for query, backend, reply each"),
         ("max_query", "size", "512", "bytes in a query line"),
         ("max_reply", "reply size", "64K", "bytes in a reply"),
         ("max_clients", "count", "10000", "clients at a time"),
-        ("max_clients_per_host", "count", "100",
-         "clients at a time from one address or IPv6 /64"),
-        ("queries_per_minute", "limit", "0",
-         "queries from one address or IPv6 /64; 0: no limit"),
+        ("max_clients_per_host", "count", "100", "at a time from one address"),
+        ("queries_per_minute", "limit", "0", "from one address; 0: no limit"),
         ("max_threads", "count", "64", "lookups at a time; the rest queue"),
     ),
     "daemon": (
         ("daemonize", "yes/no", "no", "run in the background?"),
-        ("pidfile", "path", "",
-         "file for the process number, locked while it runs", "--pidfile"),
+        ("pidfile", "path", "", "file locked while it runs", "--pidfile"),
         ("user", "user", "", "user that root becomes; empty: nobody",
          "--user", "--uid"),
         ("group", "group", "", "group that root gets; empty: the user's",
          "--group", "--gid"),
-        ("chroot", "directory", "", "directory that becomes /; empty: none",
-         "--chroot"),
-        ("rundir", "path", "",
-         "directory to run in; empty: / in the background or a chroot",
-         "--rundir"),
+        ("chroot", "directory", "", "directory that becomes /", "--chroot"),
+        ("rundir", "path", "", "directory to run in", "--rundir"),
         ("umask", "octal", "027", "mask for the modes of files", "--umask"),
     ),
     "log": (
@@ -689,12 +672,9 @@ CORE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("format", "format", "text", "text or json"),
         ("level", "level", "info", "least level: " + ", ".join(LEVELS)),
         ("facility", "facility", "daemon", "facility for syslog"),
-        ("prefix", "word", "fingerd",
-         "word before each line on stderr and in syslog", "--prefix"),
-        ("syslog_address", "syslog", "/dev/log",
-         "socket of syslog, or host:port for UDP"),
-        ("client", "part", "full",
-         "what is kept of a client's address: full, network, none"),
+        ("prefix", "word", "fingerd", "word before each line", "--prefix"),
+        ("syslog_address", "syslog", "/dev/log", "its socket, or host:port"),
+        ("client", "part", "full", "of an address: full, network, none"),
     ),
 }
 SETTINGS = tuple(Setting(section, name, kind, default, text, tuple(flags))
@@ -863,8 +843,7 @@ def full_text(entry: Entry) -> str:
 
 # From texts to values.
 
-def convert_core(sections: dict[str, Section], overrides: dict[str, str],
-                 old: Any, errors: Notes) -> Any:
+def convert_core(sections, overrides, old, errors):
     """Make a config of the sections in CORE."""
     config = types.SimpleNamespace(raw_values={}, lines={})
     for section in CORE:
@@ -922,30 +901,26 @@ def convert_entry(row: Setting, entry: Entry, errors: Notes) -> Any:
         return KINDS[row.kind](row.default)
 
 
-def convert_texts(section: Section, errors: Notes) -> dict[str, str]:
-    """Give the texts of a section where a setting is a name to ask for."""
-    for entry in section.entries.values():
+def convert_options(settings, section, errors):
+    """Convert a backend's section: by these rows, or texts if any name is one.
+    """
+    entries = section.entries
+    if settings is not None:
+        return convert_section([Setting("", *row) for row in settings],
+                               entries, errors)
+    for entry in entries.values():
         if UNASKED.search(entry.name):
             errors.add(entry.line, f"{entry.name}: no query can match this"
                                    " name; write it without spaces and @")
-    return {entry.name: full_text(entry) for entry in section.entries.values()}
-
-
-def convert_options(cls: Any, name: str, section: Section,
-                    errors: Notes) -> dict[str, Any]:
-    """Give the options of a backend: the values, or texts, of its section."""
-    if cls.settings is None:
-        return convert_texts(section, errors)
-    rows = [Setting(name, *row) for row in cls.settings]
-    return convert_section(rows, section.entries, errors)
+    return {entry.name: full_text(entry) for entry in entries.values()}
 
 
 # From values to backends.
 
 def make_aliases(section: Section, errors: Notes) -> dict[str, list[str]]:
     """Give the names behind each alias, in lower case."""
-    texts = {name.lower(): text
-             for name, text in convert_texts(section, errors).items()}
+    options = convert_options(None, section, errors)
+    texts = {name.lower(): text for name, text in options.items()}
     aliases = {}
     for name in texts:
         try:
@@ -972,9 +947,7 @@ def follow_alias(word: str, texts: dict[str, str], *path: str) -> list[str]:
     return names
 
 
-def make_backends(config: Any, sections: dict[str, Section],
-                  report: Callable[..., None], chroot: str, errors: Notes,
-                  warnings: Notes) -> Iterator[tuple[str, Any]]:
+def make_backends(config, sections, report, chroot, errors, warnings):
     """Make the backends that are named, each with its name."""
     line = config.lines.get("backend", 0)
     names = config.server.backend
@@ -987,7 +960,7 @@ def make_backends(config: Any, sections: dict[str, Section],
         except ValueError as error:
             errors.add(line, f'backend: "{name}" {error}')
             continue
-        options = convert_options(cls, name, section, errors)
+        options = convert_options(cls.settings, section, errors)
         try:
             backend = cls(options, functools.partial(report, name))
             if chroot and hasattr(backend, "enter_chroot"):
@@ -998,13 +971,12 @@ def make_backends(config: Any, sections: dict[str, Section],
             errors.place(section, str(error).splitlines())
 
 
-def check_unused(sections: dict[str, Section], errors: Notes,
-                 warnings: Notes) -> None:
+def check_unused(sections, errors, warnings):
     """Check the sections that are left: of backends that are not named."""
     for name, section in sections.items():
         try:
             cls = find_backend(name, (*CORE, "aliases"))
-            convert_options(cls, name, section, errors)
+            convert_options(cls.settings, section, errors)
         except ValueError as error:
             errors.add(section.line, f"[{name}]: {error}")
         warnings.add(section.line, f"[{name}]: is not used; add {name} to"
@@ -3282,24 +3254,18 @@ def make_parser() -> Parser:
 
 def parse_options(argv: list[str]) -> Any:
     """Give what the options set, None for the others, or ConfigError."""
-    args, rest = make_parser().parse_known_args(join_values(argv))
+    with_value = {flag for flags, *_ in OPTIONS for flag in flags}
+    words, joined = iter(argv), []
+    for word in words:      # only after a = may a value begin with -
+        value = next(words, None) if word in with_value else None
+        joined.append(word if value is None else f"{word}={value}")
+    args, rest = make_parser().parse_known_args(joined)
     if rest:
         raise ConfigError(f'"{rest[0]}" is not an option; see --help')
     for name, value in vars(args).items():
-        if value == []:         # argparse before 3.13 drops the value --
+        if value == []:     # argparse before 3.13 drops the value --
             setattr(args, name, "--")
     return args
-
-
-def join_values(argv: list[str]) -> list[str]:
-    """Join options and values with =, so that a value may begin with -."""
-    with_value = {flag for flags, *_ in OPTIONS for flag in flags}
-    joined = []
-    words = iter(argv)
-    for word in words:
-        value = next(words, None) if word in with_value else None
-        joined.append(word if value is None else f"{word}={value}")
-    return joined
 
 
 def settings_text() -> str:
