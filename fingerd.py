@@ -18,7 +18,7 @@ Sections, from the protocol outward to the operating system:
     Config file   read and checked as a whole before anything starts
     Log           one line for each connection
     Answers       policy: who is answered, and what
-    Forwarding    asking another finger server
+    Forwarding    asking another finger server, also as a backend
     PROXY header  whose connection a load balancer hands on
     Clients       the life of a client, and what it waits for
     Server        accepting, waiting, deadlines: the loop
@@ -551,6 +551,12 @@ def to_hops(text: str) -> dict[str, int]:
                 for word in text.split())
 
 
+def to_server(text: str) -> tuple[str, int] | None:
+    if "*" in text:
+        raise ValueError("is not a host; write e.g. host = two.example.org")
+    return to_address(to_host(text), str(FINGER_PORT)) if text else None
+
+
 def to_network(text: str) -> Any:
     """Convert a network in CIDR notation, or an address.
 
@@ -613,6 +619,7 @@ KINDS: dict[str, Callable[[str], Any]] = {
     "networks": list_of(to_network),
     "addresses": list_of(to_address, 1),
     "next hops": to_hops,
+    "server": to_server,
     "backends": list_of(str, 1),
     "path": text_matching(
         f"{PATH}*", "a path; write it without control characters"),
@@ -1278,7 +1285,6 @@ class Answers:
         self.footer = to_wire(server.footer) if server.footer else b""
         self.names = frozenset({"localhost", *(
             server.hostname or (socket.gethostname().lower(),))})
-        self.hops: dict[str, str] = {}      # addresses, for a chroot
         self.own_ports: set[int] = set()    # that we listen on
         self.guarded = bool(server.allow or server.deny or server.proxy_from)
         self.framing = bool(self.header or self.footer)
@@ -1387,7 +1393,7 @@ class Answers:
         line = ("/W " if query.verbose else "") + "@".join(
             ["".join(query.users), *others])
         try:
-            answer = fetch_finger((self.hops.get(host, host), port), line,
+            answer = fetch_finger(find_host(host, port), line,
                                   self.limits.max_reply, deadline,
                                   self.own_ports)
         except OSError as error:
@@ -1401,13 +1407,10 @@ class Answers:
         """Look the next hops up now: in a chroot names mean nothing."""
         for host, port in self.config.server.forward.items():
             try:
-                found = socket.getaddrinfo(host, port,
-                                           type=socket.SOCK_STREAM)
-            except (OSError, UnicodeError) as error:
+                CHROOT_HOSTS[host, port] = find_host(host, port)
+            except OSError as error:
                 self.log.event("warning", "failed", forward=f"{host}:{port}",
-                               reason=str(error))
-            else:
-                self.hops[host] = str(found[0][4][0])
+                               reason=reason(error))
 
 
 def is_allowed(allow, deny, host):
@@ -1432,6 +1435,13 @@ def frame(header, footer, limit, outcome, data):
 
 # ---- Forwarding -----------------------------------------------------------
 
+CHROOT_HOSTS: dict[tuple[str, int], Any] = {}   # found before we entered it
+REFUSALS = {reply.data.decode().strip() for reply in FIXED_REPLIES.values()}
+LIST_DENIED = FIXED_REPLIES["list-denied"].data.decode().strip()
+UNKNOWN = re.compile(           # as fingerd, Debian's finger and the BSDs say
+    r"((finger: )?(\S+: )?no such user\.?)?", re.IGNORECASE)
+
+
 def plain_address(host: str) -> str:
     """Give the numeric address without a scope, IPv4 also where mapped."""
     if ":" not in host:
@@ -1440,34 +1450,41 @@ def plain_address(host: str) -> str:
     return host[7:] if host.startswith("::ffff:") and "." in host else host
 
 
-def fetch_finger(address: tuple[str, int], line: str, limit: int,
-                 deadline: float, own_ports: Container[int]) -> str:
+def find_host(host: str, port: int) -> Any:
+    """Give the addresses of a host, as getaddrinfo(3) does, or OSError."""
+    try:
+        return CHROOT_HOSTS.get((host, port)) or socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM)
+    except UnicodeError:
+        raise OSError("is not a host name") from None
+
+
+def fetch_finger(found: Any, line: str, limit: int, deadline: float,
+                 own_ports: Container[int] = ()) -> str:
     """Ask another finger server; give what it says, at most limit bytes.
 
     Raises OSError, TimeoutError at the deadline (monotonic seconds).
     """
     answer = b""
     try:
-        sock = connect_before(deadline, *address)
-    except UnicodeError:
-        raise OSError("is not a host name") from None
-    with sock:
-        if address[1] in own_ports and is_own_end(sock):
-            raise OSError("the next hop is this server itself")
-        sock.sendall(line.encode() + b"\r\n")
-        while len(answer) <= limit:
-            sock.settimeout(seconds_left(deadline))
-            data = sock.recv(65536)
-            if not data:
-                break
-            answer += data
+        with connect_before(deadline, found) as sock:
+            if sock.getpeername()[1] in own_ports and is_own_end(sock):
+                raise OSError("the next hop is this server itself")
+            sock.sendall(line.encode() + b"\r\n")
+            while len(answer) <= limit:
+                sock.settimeout(seconds_left(deadline))
+                data = sock.recv(65536)
+                if not data:
+                    break
+                answer += data
+    except socket.timeout:      # before Python 3.10 another class
+        raise TimeoutError("timed out") from None
     return answer.decode("utf-8", "backslashreplace")
 
 
-def connect_before(deadline: float, host: str, port: int) -> socket.socket:
+def connect_before(deadline: float, found: Any) -> socket.socket:
     """Connect to the first address of a host that can be had in time."""
-    failure = OSError(f"{host} has no address")
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    failure = OSError("there is no address")
     for tried, (family, kind, protocol, _, address) in enumerate(found):
         sock = socket.socket(family, kind, protocol)
         try:    # a share for each: a dead address must not starve the next
@@ -1495,6 +1512,61 @@ def seconds_left(deadline: float) -> float:
     if left <= 0:
         raise TimeoutError("no time is left")
     return left
+
+
+class RemoteBackend:
+    """Another finger server, as a backend.
+
+    It is not asked for a client that has its address: two servers that ask
+    each other would do so for ever.
+    """
+
+    waits = True
+    settings = (
+        ("host", "server", "", "finger server to ask: host, or host:port"),
+        ("max_output", "size", "64K", "bytes that are read of an answer"),
+    )
+
+    def __init__(self, options: dict[str, Any],
+                 report: Callable[..., None]) -> None:
+        if not options["host"]:
+            raise ValueError("host: is empty; write e.g. host ="
+                             " two.example.org")
+        self.address: tuple[str, int] = options["host"]
+        self.max_output: int = options["max_output"]
+
+    def enter_chroot(self, path: str) -> None:
+        try:
+            CHROOT_HOSTS[self.address] = find_host(*self.address)
+        except OSError:
+            raise ValueError(
+                f"host: no address of {self.address[0]} is found, nor will be"
+                " in the chroot; write an address instead of the name"
+            ) from None
+
+    def lookup(self, user: str, verbose: bool, client: str,
+               timeout: float) -> bytes | None:
+        """Give the remote's answer; None for its words for no such user."""
+        deadline = time.monotonic() + timeout
+        found = find_host(*self.address)
+        if client in [plain_address(info[4][0]) for info in found]:
+            return None
+        answer = fetch_finger(found, "/W " * verbose + user, self.max_output,
+                              deadline)
+        said = answer.strip()
+        if UNKNOWN.fullmatch(said) or not user and said == LIST_DENIED:
+            return None
+        if said in REFUSALS:
+            raise OSError(f'it says "{said}"')
+        return truncate(to_wire(answer), self.max_output)
+
+    def user_list(self, verbose: bool, client: str,
+                  timeout: float) -> bytes | None:
+        """Give the remote's answer to the empty query; None if it denies."""
+        return self.lookup("", verbose, client, timeout)
+
+
+BACKENDS["remote"] = RemoteBackend
 
 
 # ---- PROXY header ---------------------------------------------------------
@@ -2366,7 +2438,6 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     def change_answers(self, answers: Answers) -> None:
         """Serve by another config from now on, connected clients included."""
-        answers.hops = self.answers.hops
         answers.own_ports = self.answers.own_ports
         self.answers = answers
         self.waiting.hurry(time.monotonic() + answers.limits.timeout + GRACE,

@@ -1002,7 +1002,7 @@ max_query = 1
                  ' users?'),
                 ("[server]\nbackend = users log\n",
                  'FILE:2: backend: "log" is not a backend; there are users,'
-                 ' accounts, files, finger, sql, web'),
+                 ' remote, accounts, files, finger, sql, web'),
                 ("[user]\n",
                  "FILE:1: [user]: no such section; did you mean [users]?"),
                 ("[webb]\n",
@@ -1011,11 +1011,11 @@ max_query = 1
                  "FILE:1: [limit]: no such section; did you mean [limits]?"),
                 ("[DEFAULT]\ntimeout = 1\n",
                  "FILE:1: [DEFAULT]: no such section; there are [server],"
-                 " [limits], [daemon], [log], [aliases], [users], [accounts],"
-                 " [files], [finger], [sql], [web]"),
+                 " [limits], [daemon], [log], [aliases], [users], [remote],"
+                 " [accounts], [files], [finger], [sql], [web]"),
                 ("[]\n", "FILE:1: []: no such section; there are [server],"
-                 " [limits], [daemon], [log], [aliases], [users], [accounts],"
-                 " [files], [finger], [sql], [web]")]:
+                 " [limits], [daemon], [log], [aliases], [users], [remote],"
+                 " [accounts], [files], [finger], [sql], [web]")]:
             with self.subTest(text=text):
                 self.assertEqual(self.errors(text)[0], error)
 
@@ -1062,7 +1062,7 @@ max_output = 1
                 'FILE:4: [picky:three]: shape: does not fit into /srv; cut'
                 ' it',
                 'FILE:4: backend: "nosuch" is not a backend; there are users,'
-                ' picky, accounts, files, finger, sql, web',
+                ' remote, picky, accounts, files, finger, sql, web',
                 "FILE:4: backend: names one twice; name each once",
                 "FILE:6: shape: does not fit into /srv; cut it",
                 "FILE:7: shape: does not fit into /srv; cut it",
@@ -2086,9 +2086,8 @@ class ForwardTest(unittest.TestCase):
             good = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "",
                       sock.getsockname()) for sock in (dead, good)]
-            with mock.patch("socket.getaddrinfo", lambda *a, **k: found):
-                sock = stack.enter_context(fingerd.connect_before(
-                    time.monotonic() + 0.6, "hop.invalid", 79))
+            sock = stack.enter_context(fingerd.connect_before(
+                time.monotonic() + 0.6, found))
             self.assertEqual(sock.getpeername(), good.getsockname())
 
     def test_gives_up_on_a_next_hop_that_hangs_or_is_away(self):
@@ -5157,7 +5156,7 @@ class BackendContract(BackendCase):
                 self.assertNotIn("\n", row[3])
         names = [row[0] for row in self.kind.settings]
         self.assertEqual(len(names), len(set(names)))
-        self.assertIs(fingerd_backends.BACKENDS[self.name], self.kind)
+        self.assertIs(fingerd.load_backends()[0][self.name], self.kind)
         self.assertIs(self.kind.waits, True)
 
     def test_answers_who_it_knows_and_only_them(self):
@@ -5334,6 +5333,32 @@ class AccountsContractTest(BackendContract):
 
     def make_known(self, listed=False, **options):
         return self.system.make(self, show="plan login" if listed else "plan")
+
+
+class RemoteContractTest(BackendContract):
+    name, kind = "remote", fingerd.RemoteBackend
+    known = "I am {}.\r\n"
+    listed: Any = b"alice  I am alice.\r\nbob    I am bob.\r\n"
+    late = "timed out|no time is left"
+
+    def make_known(self, listed=False, **options):
+        leaving = threading.Event()
+
+        def answer(user, timeout):
+            if user == "slow":
+                leaving.wait(HANG)
+            elif user == "broken":
+                raise OSError("broken")
+        server = self.enter(serving(
+            f"[server]\nuser_list = {'yes' if listed else 'no'}\n[users]\n"
+            "alice = I am alice.\nbob = I am bob.\n",
+            [("test", TestBackend(answer))]))
+        self.addCleanup(leaving.set)
+        return self.make(fingerd.RemoteBackend, host=server.address, **options)
+
+    def ask(self, backend, user, verbose=False, timeout=HANG):
+        answer = super().ask(backend, user, verbose, timeout)
+        return answer and answer.decode()
 
 
 del BackendContract, NamePatternContract    # run by their heirs only
@@ -6602,6 +6627,117 @@ class WebBackendTest(BackendCase):
 
 
 # ---- files ------------------------------------------------------------------
+
+class RemoteBackendTest(BackendCase):
+    def ask_remote(self, said, user="x", client=CLIENT, **options):
+        """Ask a server that says this; give the answer, what it was asked."""
+        asked: list[bytes] = []
+
+        def run():
+            sock, _ = listener.accept()
+            with sock, contextlib.suppress(OSError):
+                asked.append(sock.recv(1000))
+                sock.sendall(said)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            remote = threading.Thread(target=run)
+            remote.start()
+            try:
+                backend = self.make(fingerd.RemoteBackend,
+                                    host=listener.getsockname(), **options)
+                answer = backend.lookup(user, user == "w", client, HANG)
+            finally:
+                if not asked:           # have accept() return
+                    connect(listener.getsockname()).close()
+                remote.join(HANG)
+        return answer, [line for line in asked if line]
+
+    def test_knows_the_words_of_other_servers_for_unknown(self):
+        for said in (b"No such user\r\n", b"finger: x: no such user.\r\n",
+                     b"x: no such user\r\n", b"finger: x: no such user\n",
+                     b"x: no such user.\n", b"", b"\r\n"):
+            with self.subTest(said=said):
+                self.assertEqual(self.ask_remote(said), (None, [b"x\r\n"]))
+        for said in (b"No such user\r\nas x\r\n", b"no such user: x\r\n",
+                     b"There is no such user\r\n"):
+            with self.subTest(said=said):
+                self.assertEqual(self.ask_remote(said)[0], said)
+
+    def test_hands_w_on_and_filters_and_cuts_what_comes_back(self):
+        self.assertEqual(self.ask_remote(b"\x1b[2J\xff\n", "w"),
+                         (b"^[[2J\\xff\r\n", [b"/W w\r\n"]))
+        answer, _ = self.ask_remote(b"0123456\n" * 90000, max_output=100)
+        self.assertEqual(answer, b"0123456\r\n" * 9 + b"[truncated]\r\n")
+
+    def test_what_a_remote_refuses_is_a_failure_with_its_words(self):
+        for said in ("Internal error in server", "Access denied",
+                     "Too many queries, try again later",
+                     "Finger online user list denied"):
+            with self.subTest(said), self.assertRaisesRegex(OSError, said):
+                self.ask_remote(said.encode() + b"\r\n")
+        denied = b"Finger online user list denied\r\n"
+        self.assertEqual(self.ask_remote(denied, ""), (None, [b"\r\n"]))
+
+    def test_is_not_asked_for_a_client_that_has_its_address(self):
+        self.assertEqual(self.ask_remote(b"text", client="127.0.0.1"),
+                         (None, []))
+        self.assertEqual(self.ask_remote(b"text", client="127.0.0.2"),
+                         (b"text\r\n", [b"x\r\n"]))
+
+    @needs_more_addresses
+    def test_servers_that_name_each_other_are_no_circle(self):
+        with socket.create_server(("127.0.0.2", 0)) as probe:
+            port = probe.getsockname()[1]
+        text = ("[server]\nbackend = users remote\n[users]\n{} = here\n"
+                "[remote]\nhost = {}:{}\n")
+        with serving(text.format("one", "127.0.0.2", port)) as one, serving(
+                text.format("two", *one.address),
+                listen=f"127.0.0.2:{port}") as two:
+            for query, reply in ((b"one\r\n", b"here\r\n"),
+                                 (b"two\r\n", b"here\r\n"),
+                                 (b"nobody\r\n", UNKNOWN)):
+                with connect(one.address, "127.0.0.3") as sock:
+                    sock.sendall(query)
+                    self.assertEqual(read_all(sock), reply)
+            one.wait_log("client=127.0.0.3 .*backend=remote")
+            two.wait_log("query", 2)
+            self.assertEqual(len(two.log()), 2)
+
+    def test_a_bad_host_is_a_config_error(self):
+        for host, wrong in (
+                ("", "host: is empty; write e.g. host = two.example.org"),
+                ("*", 'host: "*" is not a host; write e.g. host ='
+                      " two.example.org"),
+                ("two:x", 'host: "two:x" is not host:port or [v6'
+                          " address]:port")):
+            with self.assertRaises(fingerd.ConfigError) as caught:
+                read_config("[server]\nbackend = remote:two\n"
+                            f"[remote:two]\nhost = {host}\n")
+            self.assertTrue(any(wrong in line for line
+                                in caught.exception.args), caught.exception)
+
+    @needs_root
+    @needs_more_addresses
+    def test_is_asked_from_a_chroot_by_addresses_looked_up_before(self):
+        text = "[server]\nbackend = remote\n[remote]\nhost = {}:{}\n"
+        with serving() as remote, background(
+                text.format("localhost", remote.address[1]),
+                start=False) as program:
+            chroot = program.directory
+            self.assertEqual(program.start("--chroot", chroot), (0, "", ""))
+            for _ in range(2):
+                with connect(program.address, "127.0.0.2") as sock:
+                    sock.sendall(b"moshez\r\n")
+                    self.assertEqual(read_all(sock), HAPPY)
+                os.chmod(program.config, 0o644)
+                os.kill(program.pid, signal.SIGHUP)
+                program.wait_log("reloaded")
+        with config_file(text.format("x.invalid", 79)) as path:
+            status, _, err = run_fingerd("--config", path, "--check",
+                                         "--chroot", "/srv")
+        self.assertEqual(status, 2)
+        self.assertIn(":4: host: no address of x.invalid is found, nor will"
+                      " be in the chroot; write an address instead", err)
+
 
 class FilesBackendTest(BackendCase):
 
