@@ -568,6 +568,7 @@ def join_pieces(pieces):
 # ---- Connections: one deadline for address, connect, TLS and every byte -----
 
 PORTS = {"http": 80, "https": 443}
+BUFFER = 65536      # bytes that are read of a connection at once
 AROUND = 65536      # bytes around a body: headers, sizes of chunks, trailers
 
 
@@ -600,8 +601,33 @@ def plain_failure(error: Exception) -> OSError:
     return (TimeoutError if late else OSError)(reason)
 
 
+class Turn(threading.local):
+    """Lets one thread at a time work on what an origin has sent.
+
+    More would not be done sooner, and the server would wait for each of them
+    whenever it wants to go on.
+    """
+
+    lock = threading.Lock()
+    held = False                # by this thread
+
+    def take(self, deadline):
+        if not self.lock.acquire(timeout=seconds_left(deadline)):
+            raise TimeoutError("other pages took the time: timed out")
+        self.held = True
+
+    def give(self):
+        if self.held:
+            self.held = False
+            self.lock.release()
+
+
+turn = Turn()
+
+
 def dial(address, timeout, source=None):
     """Connect as socket.create_connection does, with one deadline."""
+    turn.give()     # after a redirect
     deadline, failure = time.monotonic() + timeout, OSError("no address")
     hosts = find_addresses(address[0])
     for tried, host in enumerate(hosts):
@@ -628,12 +654,12 @@ class BoundedFile(io.RawIOBase):
     def readinto(self, buffer):
         if not self.left:
             raise OSError("headers, chunk sizes or trailers are too long")
+        turn.give()
         # A timeout of the socket alone starts again with each byte.
         self.sock.settimeout(seconds_left(self.deadline))
         count = self.file.readinto(memoryview(buffer)[:self.left])
         self.left -= count
-        # For the TLS handshake that may follow a proxy's answer.
-        self.sock.settimeout(seconds_left(self.deadline))
+        turn.take(self.deadline)
         return count
 
     def close(self):
@@ -656,13 +682,22 @@ class BoundedHandler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
         def respond(sock, **options):
             response = http.client.HTTPResponse(sock, **options)
             response.fp = io.BufferedReader(BoundedFile(
-                sock, response.fp.detach(), deadline, self.limit))
+                sock, response.fp.detach(), deadline, self.limit), BUFFER)
             return response
 
         def connect(host, **options):
             connection = http_class(host, **options)
             connection._create_connection = dial
             connection.response_class = respond
+            open_tunnel = connection._tunnel
+
+            def open_tunnel_in_time():
+                open_tunnel()
+                # A TLS handshake follows.
+                turn.give()
+                connection.sock.settimeout(seconds_left(deadline))
+
+            connection._tunnel = open_tunnel_in_time
             return connection
 
         return super().do_open(connect, req, **options)
@@ -677,9 +712,6 @@ WEB_URL = re.compile(r"https?://(?:[\w.-]+|\[[\da-fA-F:.]+\])"
                      r"(?::(?P<port>\d{1,5}))?(?:[/?#][!-~]*)?", re.ASCII)
 TEXT_TYPE = re.compile(r"(?P<html>text/html|application/xhtml\+xml)"
                        r"|text/.*|application/(?:(?:.*\+)?(?:json|xml)|yaml)")
-# One page at a time is turned into text: more would not be done sooner, and
-# leave less of the processor to the server.
-one_page = threading.Lock()
 
 
 def choose_template(url: str, prefix: str) -> str:
@@ -831,6 +863,7 @@ class WebBackend:
                 self._renew(page, url, asked + timeout)
             text, failure = page.text, page.failure
         finally:
+            turn.give()
             page.lock.release()
         if failure:
             raise type(failure)(f"GET {url}: {failure}")
@@ -912,13 +945,8 @@ class WebBackend:
         body = read_body(response, limit)
         named = CHARSET.search(response.headers.get("Content-Type", ""))
         codec = choose_codec(named[1] if named else "", body, found["html"])
-        if not one_page.acquire(timeout=seconds_left(deadline)):
-            raise TimeoutError("other pages took the time: timed out")
-        try:
-            return make_text(body, codec, limit,
-                             html_text if found["html"] else str)
-        finally:
-            one_page.release()
+        return make_text(body, codec, limit,
+                         html_text if found["html"] else str)
 
 
 # ---- Files as an enemy wrote them -------------------------------------------
