@@ -399,13 +399,10 @@ BACKEND_NAME = re.compile(r"[a-z]+(:[A-Za-z0-9_.-]+)?")
 
 
 def load_backends() -> tuple[dict[str, Any], str]:
-    """Give all backends by name, or those of this file and what is wrong.
-
-    In a reload, too: Python itself may be out of reach then.
-    """
+    """Give all backends by name, or those of this file and what is wrong."""
     try:
         import fingerd_backends
-    except ImportError as error:
+    except ImportError as error:    # in a chroot all of Python may be absent
         wrong = f"cannot be imported ({error}); restart once it can"
         if error.name == "fingerd_backends":
             wrong = "is not beside fingerd.py; copy it there too"
@@ -435,6 +432,14 @@ def find_backend(name: str, sections: tuple[str, ...] = ()) -> Any:
     if failure and "did you mean" not in guess:
         raise ValueError(f"{failure}, or {cure}")
     raise ValueError(wrong + guess)
+
+
+def suggest(word: str, choices: list[str]) -> str:
+    """Give the end of an error about a word that is not one of the choices."""
+    import difflib  # 10 ms: only errors need it
+    for close in difflib.get_close_matches(word, choices, 1):
+        return f"; did you mean {close}?"
+    return f"; there are {', '.join(choices)}"
 
 
 # ---- Settings -------------------------------------------------------------
@@ -806,7 +811,7 @@ def parse_config(text: str, errors: Notes) -> dict[str, Section]:
         line, _, below = block.partition("\n")
         line = line.rstrip()
         name, equals, value = map(str.strip, line.partition("="))
-        first = number
+        first = number          # line where this name was first
         if line[0] == "[" and line[-1] == "]":
             name = line
             section = sections.setdefault(line[1:-1].strip(),
@@ -972,10 +977,11 @@ def make_backends(config, sections, report, chroot, errors, warnings):
             backend = cls(options, functools.partial(report, name))
             if chroot and hasattr(backend, "enter_chroot"):
                 backend.enter_chroot(chroot)
-            warnings.place(section, getattr(backend, "warnings", ()))
-            yield name, backend
         except ValueError as error:
             errors.place(section, str(error).splitlines())
+        else:
+            warnings.place(section, getattr(backend, "warnings", ()))
+            yield name, backend
 
 
 def check_unused(sections, errors, warnings):
@@ -988,14 +994,6 @@ def check_unused(sections, errors, warnings):
             errors.add(section.line, f"[{name}]: {error}")
         warnings.add(section.line, f"[{name}]: is not used; add {name} to"
                                    " backend, or remove the section")
-
-
-def suggest(word: str, choices: list[str]) -> str:
-    """Give the end of an error about a word that is not one of the choices."""
-    import difflib  # 10 ms: only errors need it
-    for close in difflib.get_close_matches(word, choices, 1):
-        return f"; did you mean {close}?"
-    return f"; there are {', '.join(choices)}"
 
 
 # ---- Log ------------------------------------------------------------------
@@ -3549,8 +3547,7 @@ def write_bundle(path: str) -> None:
     if failure:
         raise ConfigError(f"--bundle: {failure}")
     try:
-        with tempfile.TemporaryDirectory() as folder, \
-                open(path, "wb") as bundle:
+        with tempfile.TemporaryDirectory() as folder:
             for name, module in [("fingerd", __name__),
                                  ("fingerd_backends", "fingerd_backends")]:
                 loader: Any = sys.modules[module].__loader__
@@ -3559,10 +3556,11 @@ def write_bundle(path: str) -> None:
             compileall.compile_dir(
                 folder, ddir="", quiet=2, legacy=True, invalidation_mode=(
                     py_compile.PycInvalidationMode.UNCHECKED_HASH))
-            zipapp.create_archive(folder, bundle, "/usr/bin/env python3",
-                                  "fingerd:run", compressed=True)
-            if stat.S_ISREG(os.fstat(bundle.fileno()).st_mode):
-                os.fchmod(bundle.fileno(), 0o755)
+            with open(path, "wb") as bundle:    # it may be the one that runs
+                zipapp.create_archive(folder, bundle, "/usr/bin/env python3",
+                                      "fingerd:run", compressed=True)
+                if stat.S_ISREG(os.fstat(bundle.fileno()).st_mode):
+                    os.fchmod(bundle.fileno(), 0o755)
     except OSError as error:
         raise StartError(f"cannot write the bundle: {reason(error)}"
                          ) from None

@@ -4349,17 +4349,17 @@ class BundleTest(unittest.TestCase):
                    "[server]\nbackend = users finger web\n[finger]\ncommand ="
                    " /bin/echo for {user}\n[web]\nurl = http://127.0.0.1:1/"
                    "{user}\n" + USERS)
+        again = shutil.copy(self.path, os.path.join(self.directory, "again"))
+        self.assertEqual(self.run_file(again, "--bundle", again)[:2], (0, ""))
         for args, status, out in [
                 (["--query", "moshez"], 0, "Happy and well\n"),
                 (["--query", "x"], 0, "for x\n"),
                 (["--check"], 0, "fingerd.conf is good\n"),
                 (["--nonsense"], 2, ""),
-                (["--listen", "192.0.2.1:1"], 1, ""),
-                (["--bundle", "again"], 0, "")]:
+                (["--listen", "192.0.2.1:1"], 1, "")]:
             self.assertEqual(self.run_file(self.path, *args)[:2],
                              (status, out))
-        with zipfile.ZipFile(self.path) as one, zipfile.ZipFile(
-                os.path.join(self.directory, "again")) as two:
+        with zipfile.ZipFile(self.path) as one, zipfile.ZipFile(again) as two:
             for bundle in (one, two):
                 self.assertEqual(
                     sorted(bundle.namelist()),
