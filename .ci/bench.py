@@ -44,6 +44,7 @@ from typing import Iterable, Iterator, NamedTuple
 PROGRAM = pathlib.Path(__file__).resolve().parent.parent / "fingerd.py"
 
 NAMES = 5000        # u0 to u4999 are users of every peer that can hold them
+ACCOUNTS = 100      # u0 to u99 are accounts for a backend that waits
 TEXT = ("Login: {0}\t\t\tName: Number {0}\r\n"
         "Plan:\r\nDown the rabbit hole.\r\n")
 
@@ -220,6 +221,39 @@ def fingerd_peer(temp: str, name: str, log: str = "level = warning",
                        "--listen", "127.0.0.1:PORT"], names=names)
 
 
+def backend_peers(temp: str) -> list[Peer]:
+    """Give fingerd with files, and with accounts by itself and by finger(1).
+
+    The accounts are in a passwd file that no other program sees; only root
+    can have one.
+    """
+    def peer(backend: str, setting: str = "", *prefix: str) -> Peer:
+        more = f"[server]\nbackend = {backend}\n[{backend}]\n{setting}\n"
+        name, command, *_ = fingerd_peer(temp, backend, more=more, names=0)
+        return Peer(name, [*prefix, *command], names=ACCOUNTS, crowd=False)
+
+    def write(folder: str, name: str, text: str) -> None:
+        os.makedirs(os.path.join(temp, folder), exist_ok=True)
+        write_file(temp, os.path.join(folder, name), text)
+
+    passwd = pathlib.Path("/etc/passwd").read_text(encoding="utf-8")
+    for user in (f"u{number}" for number in range(ACCOUNTS)):
+        write("files", user + ".txt", TEXT.format(user).replace("\r", ""))
+        write("home-" + user, ".plan", "Down the rabbit hole.\n")
+        passwd += f"{user}:x:0:0:Number {user}:{temp}/home-{user}:/bin/sh\n"
+    hidden = ["unshare", "--mount", "sh", "-c",
+              'mount --bind "$0" /etc/passwd && exec "$@"',
+              write_file(temp, "passwd", passwd)]
+    os.chmod(temp, 0o755)       # the server becomes nobody
+    peers = [peer("files", f"directory = {temp}/files")]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        subprocess.run([*hidden, "finger", "u0"], check=True,
+                       capture_output=True)
+        peers += [peer("accounts", "uids = 0-0", *hidden),
+                  peer("finger", "", *hidden)]
+    return peers
+
+
 def xinetd_peer(temp: str) -> list[Peer]:
     path = os.environ.get("PATH", "") + ":/usr/sbin"
     xinetd = shutil.which("xinetd", path=path)
@@ -244,7 +278,7 @@ def all_peers(temp: str, compiled: bool) -> list[Peer]:
                    crowd=name != "bare loop")   # one client at a time
               for name, module, text in PYTHON_PEERS
               if importlib.util.find_spec(module)]
-    return peers + xinetd_peer(temp)
+    return peers + backend_peers(temp) + xinetd_peer(temp)
 
 
 # ---- The client -----------------------------------------------------------
@@ -732,6 +766,11 @@ class Bench:
                 if fingerd and theirs:
                     self.note(peer.name, f"share of {key}",
                               fingerd[-1] / theirs[-1])
+            for name in ("files", "accounts"):
+                mine = self.figures.get((name, "many"))
+                finger = self.figures.get(("finger", "many"))
+                if mine and finger:
+                    self.note(name, "part of finger", mine[-1] / finger[-1])
 
     def start_times(self, count: int) -> None:
         """Time the start, and that of a Python that does nothing."""
@@ -797,10 +836,12 @@ COLUMNS = (             # key, title, digits after the point
 LEGEND = """
 one, many: microseconds of the server's CPU time for a query, all for one
 name, or for {names:,} in turn; share: fingerd's cost divided by this
-server's.  p99: milliseconds for a client; silent, drip: the same beside
-{crowd:,} clients that say nothing, or send a letter every 2 s.  drain:
-queries a second when {crowd:,} have asked before.  idle: resident MiB after
-the start; crowd, threads: MiB and threads with {crowd:,} silent clients.
+server's.  files, accounts, finger: fingerd with {accounts} users of these
+backends, and the programs that it runs.  p99: milliseconds for a client;
+silent, drip: the same beside {crowd:,} clients that say nothing, or send a
+letter every 2 s.  drain: queries a second when {crowd:,} have asked before.
+idle: resident MiB after the start; crowd, threads: MiB and threads with
+{crowd:,} silent clients.
 """
 
 
@@ -812,12 +853,16 @@ def print_peers(bench: Bench, rounds: int) -> None:
           f" {platform.machine()}, Python {platform.python_version()},"
           f" medians of {rounds} rounds{core}, load average"
           f" {os.getloadavg()[0]:.1f}\n")
-    row = ("{:18}" + "{:>7}" * 7 + "{:>8}{:>6}{:>7}{:>8}").format
+    row = ("{:18}" + "{:>8}" * 4 + "{:>7}" * 3 + "{:>8}{:>6}{:>7}{:>8}").format
     print(row("", *(title for _, title, _ in COLUMNS)))
     for peer in bench.peers:
         print(row(peer.name, *(bench.show(peer.name, key, digits)
                                for key, _, digits in COLUMNS)))
-    print(LEGEND.format(names=NAMES, crowd=bench.crowd))
+    print(LEGEND.format(names=NAMES, accounts=ACCOUNTS, crowd=bench.crowd))
+    print("Of the cost of a query by finger, files has"
+          f" {bench.show('files', 'part of finger', 2)} and accounts"
+          f" {bench.show('accounts', 'part of finger', 2)}; a tenth is the"
+          " limit")
 
 
 def print_singles(bench: Bench, rounds: int, long: bool) -> None:
