@@ -17,6 +17,7 @@ Sections, from the protocol outward to the operating system:
     Settings      their table, and what their texts mean
     Config file   read and checked as a whole before anything starts
     Log           one line for each connection
+    Stats         counters for Prometheus
     Answers       policy: who is answered, and what
     Forwarding    asking another finger server, also as a backend
     PROXY header  whose connection a load balancer hands on
@@ -33,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import array
+import bisect
 import collections
 import contextlib
 import errno
@@ -40,6 +42,7 @@ import fcntl
 import functools
 import gc
 import grp
+import itertools
 import math
 import os
 import pwd
@@ -657,6 +660,7 @@ CORE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("allow", "networks", "", "networks that are answered; empty: all"),
         ("deny", "networks", "", "networks that are not, even if allowed"),
         ("proxy_from", "networks", "", "load balancers that speak PROXY"),
+        ("stats", "path", "", "file for Prometheus; empty: none"),
     ),
     "limits": (
         ("timeout", "seconds", "10", "seconds for query, backend, reply each"),
@@ -1257,6 +1261,66 @@ class Log:
         else:
             head = f"{utc_time(int(time.time()))} "
         return (head + line).encode("ascii", "backslashreplace")
+
+
+# ---- Stats ----------------------------------------------------------------
+
+STATS_PERIOD = 15.0     # seconds from one write to the next
+BUCKETS = (             # seconds, of the histogram
+    .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10)
+
+
+class Stats:
+    """What is counted for Prometheus, if the config names a file for it."""
+
+    def __init__(self) -> None:
+        self.queries: Any = collections.Counter()   # by outcome and backend
+        self.buckets = [0] * (len(BUCKETS) + 1)
+        self.seconds = 0.0
+        self.failing = False        # the last write has failed
+
+    def count(self, reply: Reply, seconds: float) -> None:
+        self.queries[reply.outcome, reply.backend] += 1
+        self.buckets[bisect.bisect_left(BUCKETS, seconds)] += 1
+        self.seconds += seconds
+
+    def text(self, clients: int, threads: int, reloads: dict[str, int]) -> str:
+        """Give all of it as node_exporter's textfile collector reads it."""
+        counts = list(itertools.accumulate(self.buckets))
+        bounds = [*map(str, BUCKETS), "+Inf"]
+        return "".join([
+            format_metric("queries_total", "counter", "Connections by end.", {
+                f'{{outcome="{outcome}",backend="{backend}"}}': number
+                for (outcome, backend), number in self.queries.items()}),
+            format_metric("query_seconds", "histogram", "Time they took.", {
+                **{f'_bucket{{le="{bound}"}}': number
+                   for bound, number in zip(bounds, counts)},
+                "_sum": round(self.seconds, 6), "_count": counts[-1]}),
+            format_metric("clients", "gauge", "Connections.", {"": clients}),
+            format_metric("threads", "gauge", "Lookups.", {"": threads}),
+            format_metric("reloads_total", "counter", "Reloads.", {
+                f'{{result="{result}"}}': number
+                for result, number in reloads.items()})])
+
+
+def format_metric(name: str, kind: str, about: str,
+                  values: dict[str, float]) -> str:
+    """Format the values of a metric, by what follows its name."""
+    head = (f"# HELP fingerd_{name} {about}\n"
+            f"# TYPE fingerd_{name} {kind}\n")
+    return head + "".join(f"fingerd_{name}{rest} {value}\n"
+                          for rest, value in values.items())
+
+
+def replace_file(path: str, text: str) -> None:
+    """Write a file that all may read, and that is never there in part."""
+    new = f"{path}.new"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(new)              # it is there after a crash
+    with open(new, "xb") as file:
+        os.fchmod(file.fileno(), 0o644)
+        file.write(text.encode())
+    os.rename(new, path)
 
 
 # ---- Answers --------------------------------------------------------------
@@ -1880,6 +1944,8 @@ class FingerHandler(socketserver.StreamRequestHandler):
         """Count the connection, and write its line."""
         server = self.server
         server.outcomes[reply.outcome] += 1
+        if server.stats:
+            server.stats.count(reply, time.monotonic() - self.started)
         if server.log.level <= INFO:
             server.log.query(self.host, self.client_address[1],
                              bytes(self.text), reply, self.sent,
@@ -2195,6 +2261,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
     fileno() and server_address are those of the first listener.
     """
 
+    stats: Stats | None = None
     daemon_threads = True       # a hung backend does not keep us from ending
 
     def __init__(self, listeners: list[socket.socket], answers: Answers,
@@ -3041,6 +3108,7 @@ class Daemon:
         self.terminal: int | None = None
         self.started = time.monotonic()
         self.stopped_by = ""
+        self.reloads = {"ok": 0, "failed": 0}
         self.notifier: Notifier
         self.server: FingerServer
 
@@ -3160,8 +3228,37 @@ class Daemon:
         self.notifier.send("READY=1", f"MAINPID={os.getpid()}")
         if self.notifier.period:
             self.server.chores[self.notifier.send_sign_of_life] = 0.0
+        self.keep_stats()
+
+    def keep_stats(self) -> None:
+        """Count for the file of the config, if it names one."""
+        if not self.config.server.stats:
+            self.server.stats = None
+            self.server.chores.pop(self.write_stats, None)
+        elif not self.server.stats:
+            self.server.stats = Stats()
+            self.server.chores[self.write_stats] = 0.0
+
+    def write_stats(self) -> float:
+        """Write that file, and give the seconds until the next time."""
+        server = self.server
+        stats: Any = server.stats
+        path = self.path(self.config.server.stats)
+        try:
+            replace_file(path, stats.text(
+                server.hosts.total, server.lookups.threads.total,
+                self.reloads))
+            stats.failing = False
+        except OSError as error:
+            if not stats.failing:
+                self.log.event("warning", "failed", stats=path,
+                               reason=reason(error))
+            stats.failing = True
+        return STATS_PERIOD
 
     def report_end(self) -> None:
+        if self.server.stats:
+            self.write_stats()
         self.log.event("notice", "stopped", signal=self.stopped_by,
                        queries=sum(self.server.outcomes.values()),
                        seconds=int(time.monotonic() - self.started))
@@ -3221,11 +3318,13 @@ class Daemon:
             with contextlib.suppress(StartError):   # it stays as it is
                 self.open_log(self.config.log)
             self.change_config(self.read_config())
+            self.reloads["ok"] += 1
         except Exception as error:      # whatever it is, the old one serves
             text = (reason(error) if isinstance(error, OSError)
                     else str(error) or repr(error))
             for line in text.splitlines():
                 self.log.event("warning", "reload-failed", reason=line)
+            self.reloads["failed"] += 1
         self.notifier.send("READY=1")
 
     def read_config(self) -> Any:
@@ -3245,6 +3344,7 @@ class Daemon:
         fit_max_clients(config, self.log)
         self.server.change_answers(site)
         self.config = config
+        self.keep_stats()
         gc.collect()        # urllib's openers are cycles, with certificates
         self.log.event("notice", "reloaded", config=config.path)
 
@@ -3621,6 +3721,7 @@ def find_useless(config: Any, inetd: bool) -> list[str]:
     if inetd:
         for name in ("max_clients_per_host", "queries_per_minute"):
             useless[name] = "does nothing under inetd; set limits in inetd"
+        useless["stats"] = "is not written under inetd; remove it"
     warnings = Notes()
     for name in useless.keys() & config.lines.keys():
         line = config.lines[name]

@@ -3710,6 +3710,196 @@ class ReloadTest(unittest.TestCase):
                               f" value={value}\n", log)
 
 
+def needs_prometheus(test):
+    """Skip a test that reads with Prometheus's own parser."""
+    return unittest.skipUnless(
+        importlib.util.find_spec("prometheus_client"),
+        "needs prometheus_client")(test)
+
+
+class StatsTest(unittest.TestCase):
+    """The text file for Prometheus."""
+
+    @contextlib.contextmanager
+    def counting(self, text, period=0.01):
+        """Serve, and keep a file current; give the server and the file."""
+        with tempfile.TemporaryDirectory() as directory, serving(
+                f"[server]\nstats = {directory}/x/f.prom\n{text}",
+                [("slow", TestBackend(lambda *args: "slow"))]) as server, \
+                mock.patch.object(fingerd, "STATS_PERIOD", period):
+            site = server.server.answers
+            program = fingerd.Daemon(site.config, site.log, lambda: None)
+            program.server = server.server
+            program.keep_stats()
+            server.server.inbox.wake()
+            yield server, pathlib.Path(directory, "x", "f.prom")
+
+    def samples(self, text):
+        """Read the format by hand; give the values by names with labels."""
+        lines = [line for line in text.splitlines() if line[0] != "#"]
+        for line in lines:
+            self.assertRegex(line, r'^fingerd_\w+({\w+="[^"\\]*"'
+                                   r'(,\w+="[^"\\]*")*})? [\d.]+(e-\d+)?$')
+        values = dict(line.rsplit(" ", 1) for line in lines)
+        self.assertEqual(len(values), len(lines))
+        return {name: float(value) for name, value in values.items()}
+
+    def count_six(self):
+        """Give the file after six queries."""
+        with self.counting(USERS) as (server, path):
+            path.parent.mkdir()
+            for line in (b"moshez", b"moshez", b"bob", b"moshez bob", b"",
+                         b"a@b"):
+                server.ask(line + b"\r\n")
+            wait_until(lambda: path.exists() and self.samples(
+                path.read_text()).get("fingerd_query_seconds_count") == 6,
+                "six queries")
+            return path.read_text()
+
+    def test_counts_by_outcome_and_backend_and_time(self):
+        samples = self.samples(self.count_six())
+        self.assertEqual(
+            {name: value for name, value in samples.items()
+             if "seconds" not in name}, {
+                'fingerd_queries_total{outcome="answered",backend="users"}': 2,
+                'fingerd_queries_total{outcome="answered",backend="slow"}': 1,
+                'fingerd_queries_total{outcome="answered",'
+                'backend="users,slow"}': 1,
+                'fingerd_queries_total{outcome="list-denied",backend="-"}': 1,
+                'fingerd_queries_total{outcome="forward-denied",'
+                'backend="-"}': 1,
+                "fingerd_clients": samples["fingerd_clients"],
+                "fingerd_threads": 0,
+                'fingerd_reloads_total{result="ok"}': 0,
+                'fingerd_reloads_total{result="failed"}': 0})
+        buckets = [value for name, value in samples.items()
+                   if "bucket" in name]
+        self.assertEqual(len(buckets), len(fingerd.BUCKETS) + 1)
+        self.assertEqual(buckets, sorted(buckets))
+        self.assertEqual(buckets[-1], 6)
+        self.assertEqual(samples['fingerd_query_seconds_bucket{le="10"}'], 6)
+        self.assertTrue(0 < samples["fingerd_query_seconds_sum"] < HANG)
+
+    def test_a_time_is_in_the_buckets_that_it_fits_into(self):
+        stats = fingerd.Stats()
+        for seconds in (0.0005, 0.3, 11):
+            stats.count(fingerd.GONE, seconds)
+        samples = self.samples(stats.text(2, 1, {"ok": 3}))
+        for bound, number in (("0.0005", 1), ("0.25", 1), ("0.5", 2),
+                              ("10", 2), ("+Inf", 3)):
+            self.assertEqual(
+                samples[f'fingerd_query_seconds_bucket{{le="{bound}"}}'],
+                number)
+        self.assertEqual(samples["fingerd_query_seconds_sum"], 11.3005)
+        self.assertEqual(samples["fingerd_clients"], 2)
+        self.assertEqual(samples["fingerd_threads"], 1)
+        self.assertEqual(samples['fingerd_reloads_total{result="ok"}'], 3)
+
+    @needs_prometheus
+    def test_prometheus_reads_it(self):
+        parser = importlib.import_module("prometheus_client.parser")
+        families = list(parser.text_string_to_metric_families(
+            self.count_six()))
+        self.assertEqual([(family.name, family.type) for family in families], [
+            ("fingerd_queries", "counter"),
+            ("fingerd_query_seconds", "histogram"),
+            ("fingerd_clients", "gauge"), ("fingerd_threads", "gauge"),
+            ("fingerd_reloads", "counter")])
+        self.assertEqual(
+            {(sample.labels["outcome"], sample.labels["backend"]): sample.value
+             for sample in families[0].samples if sample.value == 2},
+            {("answered", "users"): 2})
+
+    def test_a_write_that_fails_is_logged_once_until_one_succeeds(self):
+        with self.counting(USERS) as (server, path):
+            failed = "failed stats=.*f.prom reason=.*no such file"
+            for times in (1, 2):
+                server.wait_log(failed, times)
+                due, = server.server.chores.values()
+                wait_until(lambda: due + 0.05 < min(
+                    server.server.chores.values()), "more writes")
+                self.assertEqual(len(server.log()), times)
+                path.parent.mkdir()
+                wait_until(path.exists, "a write")
+                if times == 1:
+                    shutil.rmtree(path.parent)
+                    server.wait_log(failed, 2)
+
+    def test_the_file_is_whole_at_any_time_and_all_may_read_it(self):
+        with self.counting(USERS, period=0.0) as (server, path):
+            path.parent.mkdir()
+            new = path.parent / "f.prom.new"
+            new.symlink_to(path.parent / "other")       # left by a crash
+            wait_until(path.exists, "the file")
+            files = {path.stat().st_ino}
+            while len(files) < 20:
+                text = path.read_text()
+                self.assertIn('fingerd_reloads_total{result="failed"}', text)
+                self.assertEqual(text[-1], "\n")
+                files.add(path.stat().st_ino)
+                server.ask(b"moshez\r\n")
+            self.assertEqual(path.stat().st_mode & 0o777, 0o644)
+            self.assertFalse((path.parent / "other").exists())
+
+    def test_the_daemon_writes_it_at_the_start_and_the_end(self):
+        with installed(USERS) as program:
+            folder = pathlib.Path(program.directory, "stats")
+            folder.mkdir()
+            folder.chmod(0o777)
+            path, text = folder / "fingerd.prom", f"[server]\nstats = {folder}"
+            args = []
+            if os.geteuid() == 0:
+                args = ["--chroot", program.directory]
+                os.chmod(program.config, 0o644)
+            program.write(f"{text}/fingerd.prom\n{USERS}")
+            self.assertEqual(program.start(*args), (0, "", ""))
+            wait_until(path.exists, "the first write")
+            self.assertIn('reloads_total{result="ok"} 0', path.read_text())
+            self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+            for event, more in (("reloaded", ""), ("reload-failed", "what"),
+                                ("reloaded", "")):
+                program.write(f"{text}/fingerd.prom\n{more}\n{USERS}")
+                os.kill(program.pid, signal.SIGHUP)
+                program.wait_log(event)
+                program.rotate()
+                os.kill(program.pid, signal.SIGHUP)
+                program.wait_log("reload")
+            first = path.stat().st_ino
+            self.assertIn('reloads_total{result="ok"} 0', path.read_text())
+            if os.geteuid() == 0:
+                self.assertEqual(path.stat().st_uid, pwd.getpwnam(
+                    "nobody").pw_uid)
+            self.assertEqual(program.run("--stop"), (0, "", ""))
+            samples = self.samples(path.read_text())
+            self.assertNotEqual(path.stat().st_ino, first)
+            self.assertEqual(samples[
+                'fingerd_queries_total{outcome="answered",backend="users"}'],
+                1)
+            self.assertEqual(
+                (samples['fingerd_reloads_total{result="ok"}'],
+                 samples['fingerd_reloads_total{result="failed"}']), (4, 2))
+            self.assertEqual(os.listdir(folder), ["fingerd.prom"])
+
+    def test_a_reload_begins_and_ends_it(self):
+        with installed(USERS) as program:
+            folder = pathlib.Path(program.directory, "stats")
+            folder.mkdir()
+            folder.chmod(0o777)
+            path = folder / "f.prom"
+            self.assertEqual(program.start(), (0, "", ""))
+            os.chmod(program.config, 0o644)
+            program.write(f"[server]\nstats = {path}\n{USERS}")
+            os.kill(program.pid, signal.SIGHUP)
+            wait_until(path.exists, "the file")
+            program.write(USERS)
+            os.kill(program.pid, signal.SIGHUP)
+            program.wait_log("reloaded", 2)
+            path.unlink()
+            self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+            self.assertEqual(program.run("--stop"), (0, "", ""))
+            self.assertEqual(os.listdir(folder), [])
+
+
 class SyslogTest(unittest.TestCase):
     @contextlib.contextmanager
     def syslog(self, path):
