@@ -65,6 +65,7 @@ from typing import (
     Callable,
     Container,
     Iterable,
+    Iterator,
     NamedTuple,
     NoReturn,
 )
@@ -717,9 +718,9 @@ class ConfigError(Exception):
 
 
 class Entry(NamedTuple):
-    """A setting as it is in the file."""
+    """A setting as it is written."""
 
-    line: int                   # 0: it is from the command line
+    line: int                   # 0: the command line
     name: str
     text: str                   # on this line
     below: str                  # indented lines, empty ones and comments
@@ -730,7 +731,7 @@ class Section(NamedTuple):
 
     line: int
     entries: dict[str, Entry]
-    label: str = ""             # for notes, if it is not in the file
+    label: str = ""             # in front of notes, if the file has none
 
 
 class Notes(list):
@@ -765,8 +766,8 @@ def read_config(path: str, report: Callable[..., None],
     are texts of the command line by setting, old is the config that a reload
     replaces.  The result has a namespace of settings for each section, and:
     path; raw_values, texts by section and name; lines, where a setting is,
-    by name; aliases, lists of names; backends, pairs of name and object;
-    warnings, lines of text.
+    by name; aliases, the names behind each; backends, pairs of name and
+    object; warnings, lines of text.
     """
     errors, warnings = Notes(), Notes()
     sections = parse_config(read_text(path), errors)
@@ -885,8 +886,7 @@ def convert_core(sections, overrides, old, errors):
     return config
 
 
-def convert_section(rows: list[Setting], entries: dict[str, Entry],
-                    errors: Notes) -> dict[str, Any]:
+def convert_section(rows, entries, errors):
     """Give the value of each row; note entries that no row is for."""
     values = {row.name: KINDS[row.kind](row.default) for row in rows}
     known = {row.name: row for row in rows}
@@ -918,7 +918,10 @@ def convert_entry(row: Setting, entry: Entry, errors: Notes) -> Any:
 
 
 def convert_options(settings, section, errors):
-    """Convert a backend's section: by these rows, or texts if any name is one.
+    """Give the values of a section outside CORE.
+
+    settings are the rows of its backend; with None any name may stand there,
+    to be asked for, and has a text.
     """
     entries = section.entries
     if settings is not None:
@@ -964,7 +967,7 @@ def follow_alias(word: str, texts: dict[str, str], *path: str) -> list[str]:
 
 
 def make_backends(config, sections, report, chroot, errors, warnings):
-    """Make the backends that are named, each with its name."""
+    """Make the backends that are named: yield pairs of name and object."""
     line = config.lines.get("backend", 0)
     names = config.server.backend
     if len(set(names)) < len(names):
@@ -3572,7 +3575,7 @@ def stop_daemon(path: str, timeout: float) -> None:
 
 
 def send_signal(pid: int, number: int) -> None:
-    """Signal the daemon; if its pid is 0, say that it does not run."""
+    """Signal the daemon, or say that it does not run (pid 0)."""
     if not pid:
         say(b"fingerd is not running\n")
         return
@@ -3699,7 +3702,7 @@ def make_reader(args: Any, log: Log) -> Callable[..., Any]:
 
 
 def check_and_start(args: Any, log: Log, reader: Callable[..., Any]) -> None:
-    """Warn of what may be meant otherwise; with --check, no more."""
+    """Print warnings and start the daemon; with --check, do not start it."""
     path = find_config(args.config)
     config = reader(path)
     for warning in [*config.warnings, *find_useless(config, args.inetd),
@@ -3713,7 +3716,7 @@ def check_and_start(args: Any, log: Log, reader: Callable[..., Any]) -> None:
     Daemon(config, log, reader).start_and_serve()
 
 
-def find_useless(config: Any, inetd: bool) -> list[str]:
+def find_useless(config: Any, inetd: bool) -> Iterator[str]:
     """Warn of settings that do nothing when it is started this way."""
     useless = {}
     if count_passed():
@@ -3722,11 +3725,10 @@ def find_useless(config: Any, inetd: bool) -> list[str]:
         for name in ("max_clients_per_host", "queries_per_minute"):
             useless[name] = "does nothing under inetd; set limits in inetd"
         useless["stats"] = "is not written under inetd; remove it"
-    warnings = Notes()
-    for name in useless.keys() & config.lines.keys():
-        line = config.lines[name]
-        warnings.add(line, f"{'' if line else '--'}{name}: {useless[name]}")
-    return warnings.texts(config.path)
+    for name, line in config.lines.items():
+        if name in useless:
+            where = f"{config.path}:{line}: " if line else "--"
+            yield f"{where}{name}: {useless[name]}"
 
 
 def close_inherited() -> None:

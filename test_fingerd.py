@@ -4650,14 +4650,14 @@ class CommandLineTest(unittest.TestCase):
 
     def test_check_warns_of_settings_that_do_nothing(self):
         with config_file("[server]\nlisten = localhost:79\n[limits]\n"
-                         "queries_per_minute = 9\nmax_clients_per_host = 9\n"
+                         "max_clients_per_host = 9\nqueries_per_minute = 9\n"
                          "[web]\n") as path:
             web = (f"fingerd: {path}:6: [web]: is not used; add web to"
                    " backend, or remove the section\n")
             limits = "".join(
                 f"fingerd: {path}:{line}: {name}: does nothing under inetd;"
                 " set limits in inetd\n" for line, name in [
-                    (4, "queries_per_minute"), (5, "max_clients_per_host")])
+                    (4, "max_clients_per_host"), (5, "queries_per_minute")])
             sockets = ("listen: is not used with systemd's sockets; remove"
                        " it\n")
             for args, pid, number, warnings in [
