@@ -80,14 +80,14 @@ alice = Login: alice\t\t\tName: Alice Liddell
 
 # ---- Helpers --------------------------------------------------------------
 
-def connect(address, source=None, window=0):
-    """Open a connection as a client that hangs at most HANG seconds.
+def connect(address, source=None, window=0, *, timeout=HANG):
+    """Open a connection as a client that does not hang for ever.
 
     With a window it is a slow reader, for whom little is in flight.
     """
     family = socket.AF_INET6 if len(address) == 4 else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.settimeout(HANG)
+    sock.settimeout(timeout)
     try:
         if source:
             sock.bind((source, 0))
@@ -245,8 +245,19 @@ class Serving(Logged):
         """List the handlers that wait for this."""
         return list(self.server.waiting.handlers[wait])
 
+    def wait_waiting(self, wait, number=1):
+        """Wait until that many handlers wait for this."""
+        wait_until(lambda: len(self.waiting(wait)) == number,
+                   f"{number} handlers to wait for {wait}")
+
     def ask(self, *segments):
         return ask(self.address, *segments)
+
+    def connect(self, line=b"", host=None, window=0):
+        """Give a client that has sent something."""
+        sock = connect(self.address, host, window)
+        sock.sendall(line)
+        return sock
 
 
 @contextlib.contextmanager
@@ -507,6 +518,22 @@ def held():
         yield backend
     finally:
         release.set()
+
+
+class Case(unittest.TestCase):
+    maxDiff = None
+
+    def enter(self, context):
+        """Enter a context for the rest of the test."""
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        return stack.enter_context(context)
+
+
+class ServerCase(Case):
+    def serve(self, text=USERS, *backends, **options):
+        """Serve a config for the rest of the test."""
+        return self.enter(serving(text, backends, **options))
 
 
 # ---- Query ----------------------------------------------------------------
@@ -1471,154 +1498,132 @@ class LogTest(unittest.TestCase):
 UNKNOWN = b"No such user\r\n"
 FAILED = b"Internal error in server\r\n"
 HAPPY = b"Happy and well\r\n"
+LIMITED = b"Too many queries, try again later\r\n"
 ALICE = (b"Login: alice\t\t\tName: Alice Liddell\r\nPlan:\r\n"
          b"Down the rabbit hole.\r\n")
 
 
-class AnswerTest(unittest.TestCase):
+class AnswerTest(ServerCase):
     """What clients get, over real sockets."""
 
     def test_answers_every_form_of_the_query_line(self):
-        with serving() as server:
-            for segments, reply in [
-                    ([b"moshez\r\n"], HAPPY), ([b"MosheZ\n"], HAPPY),
-                    ([b"/W ", b"moshez", b"\r\n"], HAPPY),
-                    ([b"m", b"o", b"shez", b"\r", b"\n"], HAPPY),
-                    ([b"moshez\r\0"], HAPPY), ([b"moshez /W\r\n"], HAPPY),
-                    ([b"\xff\xfd\x03\xff\xfb\x0a", b"moshez\r\n"], HAPPY),
-                    ([b"\xff", b"\xfb", b"\x0amoshez\r\n"], HAPPY),
-                    ([b"alice\r\n"], ALICE), ([b"bob\r\n"], UNKNOWN),
-                    ([b"moshez bob alice\r\n"],
-                     HAPPY + b"\r\n" + UNKNOWN + b"\r\n" + ALICE),
-                    ([b"bob bill\r\n"], UNKNOWN + b"\r\n" + UNKNOWN),
-                    ([b"moshez@localhost\r\n"], HAPPY),
-                    ([b"moshez@127.0.0.1\r\n"], HAPPY),
-                    ([b"moshez@[127.0.0.1]\r\n"], HAPPY),
-                    ([socket.gethostname().encode().join(
-                        [b"moshez@", b"\r\n"])], HAPPY),
-                    ([b"moshez\r\nalice\r\n"], HAPPY),
-                    ([b"\r\n"], b"Finger online user list denied\r\n"),
-                    ([b"/W\r\n"], b"Finger online user list denied\r\n"),
-                    ([b"@localhost\r\n"],
-                     b"Finger online user list denied\r\n"),
-                    ([b"a@example.org\r\n"],
-                     b"Finger forwarding service denied\r\n"),
-                    ([b"@\r\n"], b"Finger forwarding service denied\r\n"),
-                    ([b"a@@localhost\r\n"],
-                     b"Finger forwarding service denied\r\n"),
-                    ([b"a\0b\r\n"], b"Malformed query\r\n"),
-                    ([b"\xe9\r\n"], b"Malformed query\r\n"),
-                    ([b"a b c d e f g h i\r\n"], b"Malformed query\r\n"),
-                    ([b"x" * 512 + b"\r\n"], UNKNOWN),
-                    ([b"x" * 512, b"\r", b"\n"], UNKNOWN),
-                    ([b"x" * 513 + b"\r\n"], b"Query too long\r\n"),
-                    ([b"x" * 513 + b"\n"], b"Query too long\r\n"),
-                    ([b"x" * 200, b"x" * 200, b"x" * 200],
-                     b"Query too long\r\n"),
-                    ([b"moshez " * 100 + b"\r\n"], b"Query too long\r\n"),
-                    ([b"mo" + b"\xff\xfd\x03" * 200 + b"shez\r\n"], HAPPY),
-                    ([b"\xff\xfd\x03" * 180, b"moshez\r\n"], HAPPY),
-                    ([b"\xff\xfd\x03" * 180 + b"moshez\r\n"], HAPPY),
-                    ([b"moshez\r\xff\xf1\0\n"], HAPPY),
-                    ([b"x" * 512 + b"\r\r\n"], UNKNOWN),
-                    ([b"x" * 512, b"\r\r\n"], UNKNOWN),
-                    ([b"\xff\xfd\x03" * 700 + b"moshez\r\n"],
-                     b"Query too long\r\n"),
-                    ([b"\xff\xfd\x03" * 600, b"\xff\xfd\x03" * 100],
-                     b"Query too long\r\n")]:
+        server = self.serve()
+        host = socket.gethostname().encode()
+        for reply, *queries in [
+                (HAPPY, [b"moshez\r\n"], [b"MosheZ\n"],
+                 [b"/W ", b"moshez", b"\r\n"], [b"moshez\r\0"],
+                 [b"m", b"o", b"shez", b"\r", b"\n"], [b"moshez /W\r\n"],
+                 [b"\xff\xfd\x03\xff\xfb\x0a", b"moshez\r\n"],
+                 [b"\xff", b"\xfb", b"\x0amoshez\r\n"],
+                 [b"moshez@localhost\r\n"], [b"moshez@127.0.0.1\r\n"],
+                 [b"moshez@[127.0.0.1]\r\n"], [b"moshez@" + host + b"\r\n"],
+                 [b"moshez\r\nalice\r\n"], [b"moshez\r\xff\xf1\0\n"],
+                 [b"mo" + b"\xff\xfd\x03" * 200 + b"shez\r\n"],
+                 [b"\xff\xfd\x03" * 180, b"moshez\r\n"],
+                 [b"\xff\xfd\x03" * 180 + b"moshez\r\n"]),
+                (ALICE, [b"alice\r\n"]),
+                (UNKNOWN, [b"bob\r\n"], [b"x" * 512 + b"\r\n"],
+                 [b"x" * 512, b"\r", b"\n"], [b"x" * 512 + b"\r\r\n"],
+                 [b"x" * 512, b"\r\r\n"]),
+                (HAPPY + b"\r\n" + UNKNOWN + b"\r\n" + ALICE,
+                 [b"moshez bob alice\r\n"]),
+                (UNKNOWN + b"\r\n" + UNKNOWN, [b"bob bill\r\n"]),
+                (b"Finger online user list denied\r\n",
+                 [b"\r\n"], [b"/W\r\n"], [b"@localhost\r\n"]),
+                (b"Finger forwarding service denied\r\n",
+                 [b"a@example.org\r\n"], [b"@\r\n"], [b"a@@localhost\r\n"]),
+                (b"Malformed query\r\n", [b"a\0b\r\n"], [b"\xe9\r\n"],
+                 [b"a b c d e f g h i\r\n"]),
+                (b"Query too long\r\n", [b"x" * 513 + b"\r\n"],
+                 [b"x" * 513 + b"\n"], [b"x" * 200, b"x" * 200, b"x" * 200],
+                 [b"moshez " * 100 + b"\r\n"],
+                 [b"\xff\xfd\x03" * 700 + b"moshez\r\n"],
+                 [b"\xff\xfd\x03" * 600, b"\xff\xfd\x03" * 100])]:
+            for segments in queries:
                 with self.subTest(segments=segments):
                     self.assertEqual(server.ask(*segments), reply)
 
+    def test_answers_as_it_is_configured(self):
+        allowed = "[server]\nuser_list = yes\n"
+        listed = (b"moshez  Happy and well\r\n"
+                  b"alice   Login: alice\t\t\tName: Alice Liddell\r\n")
+        welcome = "welcome = Ask for moshez\n   or alice\n"
+        around = "[server]\nheader = above\nfooter = below\n"
+        own = "[server]\nhostname = Finger.example.org\n"
+        least = "[limits]\nmax_reply = 64\n[users]\nlong = " + "x" * 63
+        host = socket.gethostname().encode()
+        for text, table in [
+                (allowed + USERS, {b"": listed, b"/W ": listed}),
+                # No backend has a list.
+                (allowed + "backend = finger\n[finger]\n"
+                 f"command = {sys.executable}\n",
+                 {b"": b"Finger online user list denied\r\n"}),
+                (allowed + welcome + USERS,
+                 {b"": b"Ask for moshez\r\nor alice\r\n"}),
+                (around + USERS, {b"bob": UNKNOWN, b"moshez":
+                                  b"above\r\n" + HAPPY + b"below\r\n"}),
+                (own + USERS, {
+                    b"moshez@finger.EXAMPLE.org": HAPPY, b"moshez@" + host:
+                    b"Finger forwarding service denied\r\n"}),
+                (least, {
+                    b"long": b"x" * 49 + b"\r\n[truncated]\r\n",
+                    b"a b c d e f":
+                    (UNKNOWN + b"\r\n") * 3 + b"[truncated]\r\n"})]:
+            with serving(text) as server:
+                for line, reply in table.items():
+                    with self.subTest(text=text, line=line):
+                        self.assertEqual(server.ask(line + b"\r\n"), reply)
+
     def test_answers_a_line_that_ends_with_the_file(self):
-        with serving() as server:
-            for line, reply in [(b"moshez", HAPPY), (b"moshez\r", HAPPY),
-                                (b"mo\xff\xfd\nshez", HAPPY), (b"", b"")]:
-                with connect(server.address) as sock:
-                    sock.sendall(line)
-                    sock.shutdown(socket.SHUT_WR)
-                    self.assertEqual(read_all(sock), reply)
-            server.wait_log('q="" outcome=silent backend=- bytes=0')
+        server = self.serve()
+        for line, reply in [(b"moshez", HAPPY), (b"moshez\r", HAPPY),
+                            (b"mo\xff\xfd\nshez", HAPPY), (b"", b"")]:
+            with connect(server.address) as sock:
+                sock.sendall(line)
+                sock.shutdown(socket.SHUT_WR)
+                self.assertEqual(read_all(sock), reply)
+        server.wait_log('q="" outcome=silent backend=- bytes=0')
 
     def test_waits_for_segments_that_come_late(self):
-        with serving() as server, connect(server.address) as sock:
-            sock.sendall(b"mos")
-            wait_until(lambda: server.waiting(fingerd.READ), "the state")
-            sock.sendall(b"hez\r\n")
-            self.assertEqual(read_all(sock), HAPPY)
+        server = self.serve()
+        sock = self.enter(connect(server.address))
+        sock.sendall(b"mos")
+        server.wait_waiting(fingerd.READ)
+        sock.sendall(b"hez\r\n")
+        self.assertEqual(read_all(sock), HAPPY)
 
     def test_logs_a_line_for_each_connection(self):
-        with serving() as server:
-            server.ask(b"/W moshez\r\n")
-            server.ask(b"al\x1b\"\r\n")
-            server.ask(b"moshez bob\r\n")
-            server.wait_log("query", 3)
-            lines = [re.sub(r"^\S+ (.*) port=\d+(.*) ms=\d+", r"\1\2", line)
-                     for line in server.log()]
-        self.assertEqual(lines, [
+        server = self.serve("[server]\nuser_list = yes\n" + USERS)
+        for line in (b"/W moshez", b"al\x1b\"", b"moshez bob", b""):
+            server.ask(line + b"\r\n")
+        server.wait_log("query", 4)
+        self.assertEqual(
+            [re.sub(r"^\S+ (.*) port=\d+(.*) ms=\d+", r"\1\2", line)
+             for line in server.log()], [
             'query client=127.0.0.1 q="/W moshez" outcome=answered'
             ' backend=users bytes=16',
             r'query client=127.0.0.1 q="al\x1b\"" outcome=malformed'
             ' backend=- bytes=17',
             'query client=127.0.0.1 q="moshez bob" outcome=answered'
-            ' backend=users bytes=32'])
-
-    def test_lists_users_when_the_config_allows_it(self):
-        with serving("[server]\nuser_list = yes\n" + USERS) as server:
-            expected = (b"moshez  Happy and well\r\n"
-                        b"alice   Login: alice\t\t\tName: Alice Liddell\r\n")
-            self.assertEqual(server.ask(b"\r\n"), expected)
-            self.assertEqual(server.ask(b"/W \r\n"), expected)
-            server.wait_log("outcome=list backend=users")
-
-    def test_says_the_list_is_denied_when_no_backend_has_one(self):
-        with serving("[server]\nuser_list = yes\nbackend = finger\n[finger]\n"
-                     f"command = {sys.executable}\n") as server:
-            self.assertEqual(server.ask(b"\r\n"),
-                             b"Finger online user list denied\r\n")
-
-    def test_welcomes_instead_of_a_list(self):
-        with serving("[server]\nwelcome = Ask for moshez\n   or alice\n"
-                     "user_list = yes\n" + USERS) as server:
-            self.assertEqual(server.ask(b"\r\n"),
-                             b"Ask for moshez\r\nor alice\r\n")
-
-    def test_puts_header_and_footer_around_answers_only(self):
-        with serving("[server]\nheader = above\nfooter = below\n"
-                     + USERS) as server:
-            self.assertEqual(server.ask(b"moshez\r\n"),
-                             b"above\r\n" + HAPPY + b"below\r\n")
-            self.assertEqual(server.ask(b"bob\r\n"), UNKNOWN)
+            ' backend=users bytes=32',
+            'query client=127.0.0.1 q="" outcome=list backend=users'
+            ' bytes=68'])
 
     def test_truncates_long_replies_at_a_line(self):
         text = "".join(f"\n line {n}" for n in range(100))
-        with serving("[limits]\nmax_reply = 100\n[users]\nlong =" + text
-                     ) as server:
-            reply = server.ask(b"long\r\n")
-            self.assertLessEqual(len(reply), 100)
-            self.assertRegex(reply, rb"^line 0\r\nline 1\r\n(line \d+\r\n)*"
-                                    rb"\[truncated\]\r\n$")
-            self.assertLessEqual(len(server.ask(b"long long long\r\n")), 100)
-        with serving("[limits]\nmax_reply = 64\n[users]\nlong = "
-                     + "x" * 63) as server:
-            self.assertEqual(server.ask(b"long\r\n"),
-                             b"x" * 49 + b"\r\n[truncated]\r\n")
-            self.assertEqual(server.ask(b"a b c d e f\r\n"),
-                             (UNKNOWN + b"\r\n") * 3 + b"[truncated]\r\n")
+        server = self.serve("[limits]\nmax_reply = 100\n[users]\nlong ="
+                            + text)
+        reply = server.ask(b"long\r\n")
+        self.assertLessEqual(len(reply), 100)
+        self.assertRegex(reply, rb"^line 0\r\nline 1\r\n(line \d+\r\n)*"
+                                rb"\[truncated\]\r\n$")
+        self.assertLessEqual(len(server.ask(b"long long long\r\n")), 100)
 
     def test_every_fixed_reply_fits_the_least_max_reply(self):
         for reply in fingerd.FIXED_REPLIES.values():
             self.assertLessEqual(len(reply.data), 64)
         with self.assertRaisesRegex(fingerd.ConfigError, "max_reply"):
             read_config("[limits]\nmax_reply = 63\n")
-
-    def test_knows_its_configured_names_instead_of_the_systems(self):
-        with serving("[server]\nhostname = Finger.example.org\n"
-                     + USERS) as server:
-            self.assertEqual(server.ask(b"moshez@finger.EXAMPLE.org\r\n"),
-                             HAPPY)
-            self.assertEqual(
-                server.ask(f"moshez@{socket.gethostname()}\r\n".encode()),
-                b"Finger forwarding service denied\r\n")
 
     def test_allows_and_denies_by_network(self):
         for policy, host, allowed in [
@@ -1636,9 +1641,9 @@ class AnswerTest(unittest.TestCase):
                 site = fingerd.Answers(read_config(text), fingerd.Log())
                 self.assertIs(site.allows(fingerd.plain_address(host)),
                               allowed)
-        with serving("[server]\ndeny = 127.0.0.0/8\n" + USERS) as server:
-            self.assertEqual(server.ask(b"moshez\r\n"), b"Access denied\r\n")
-            server.wait_log('q="" outcome=denied')
+        server = self.serve("[server]\ndeny = 127.0.0.0/8\n" + USERS)
+        self.assertEqual(server.ask(b"moshez\r\n"), b"Access denied\r\n")
+        server.wait_log('q="" outcome=denied')
 
     def test_counts_an_ipv6_network_as_one_address(self):
         key = fingerd.address_key
@@ -1648,13 +1653,13 @@ class AnswerTest(unittest.TestCase):
 
     @unittest.skipUnless(has_ipv6(), "this system has no ::1")
     def test_listens_on_ipv6(self):
-        with serving(listen="[::1]:0") as server:
-            self.assertEqual(server.ask(b"moshez@::1\r\n"), HAPPY)
-            self.assertEqual(server.ask(b"moshez@[::1]\r\n"), HAPPY)
-            server.wait_log(r"client=::1 port=\d+ ", 2)
+        server = self.serve(listen="[::1]:0")
+        self.assertEqual(server.ask(b"moshez@::1\r\n"), HAPPY)
+        self.assertEqual(server.ask(b"moshez@[::1]\r\n"), HAPPY)
+        server.wait_log(r"client=::1 port=\d+ ", 2)
 
 
-class BackendsTest(unittest.TestCase):
+class BackendsTest(ServerCase):
     """The chain of backends, and backends that fail, wait or lie."""
 
     def ask_backend(self, action, line=b"bob\r\n", text=USERS):
@@ -1663,6 +1668,14 @@ class BackendsTest(unittest.TestCase):
             reply = server.ask(line)
             server.wait_log("query")
             return reply, server.log()
+
+    def serve_held(self, text=USERS, **options):
+        """Serve with a backend that holds its answers; give both."""
+        backend = self.enter(held())
+        return backend, self.serve(text, ("held", backend), **options)
+
+    def send(self, server, line, host=None, window=0):
+        return self.enter(server.connect(line + b"\r\n", host, window))
 
     def test_asks_in_order_and_the_first_that_knows_answers(self):
         asked = []
@@ -1676,11 +1689,9 @@ class BackendsTest(unittest.TestCase):
         self.assertIn(" outcome=answered backend=users,test ", log[0])
 
     def test_gives_backends_the_time_that_is_left(self):
-        times = []
-
-        def note(user, timeout):
-            times.append(timeout)
-        self.ask_backend(note, text="[limits]\ntimeout = 7\n" + USERS)
+        times: list[float] = []
+        self.ask_backend(lambda user, timeout: times.append(timeout),
+                         text="[limits]\ntimeout = 7\n" + USERS)
         self.assertTrue(6 < times[0] <= 7, times)
 
     def test_a_failure_ends_the_search_and_is_logged(self):
@@ -1699,24 +1710,20 @@ class BackendsTest(unittest.TestCase):
             self.assertRegex(log[0], 'bug backend=test .*traceback="Trace')
             self.assertEqual(len(log), 2)
 
-    def test_cuts_a_flood(self):
+    def test_cuts_a_flood_and_shows_control_characters(self):
         reply, _ = self.ask_backend(lambda user, timeout: "0123456\n" * 10**6)
         self.assertLessEqual(len(reply), 65536)
         self.assertTrue(reply.endswith(b"\r\n0123456\r\n[truncated]\r\n"))
-
-    def test_shows_control_characters_of_backends(self):
         reply, _ = self.ask_backend(lambda user, timeout: "\x1b[2J\u202e\r\n")
         self.assertEqual(reply, b"^[[2J\\u202e\r\n")
 
     def test_a_slow_backend_holds_nobody_else_up(self):
-        with held() as backend, serving(
-                USERS, [("held", backend)]) as server:
-            with connect(server.address) as slow:
-                slow.sendall(b"bob\r\n")
-                self.assertTrue(backend.entered.acquire(timeout=HANG))
-                self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
-                backend.release.set()
-                self.assertEqual(read_all(slow), b"held bob\r\n")
+        backend, server = self.serve_held()
+        slow = self.send(server, b"bob")
+        self.assertTrue(backend.entered.acquire(timeout=HANG))
+        self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+        backend.release.set()
+        self.assertEqual(read_all(slow), b"held bob\r\n")
 
     @needs_more_addresses
     def test_asks_at_most_max_threads_at_a_time_and_in_order(self):
@@ -1726,190 +1733,157 @@ class BackendsTest(unittest.TestCase):
             asked.append(user)
             self.assertTrue(gate.acquire(timeout=HANG))
             return user
-        with serving("[limits]\nmax_threads = 2\n" + USERS,
-                     [("test", TestBackend(note))]) as server:
-            socks = []
-            for n in range(6):
-                socks.append(connect(server.address, f"127.0.0.{n + 1}"))
-                socks[-1].sendall(b"u%d\r\n" % n)
-                wait_until(lambda: len(asked) == min(n + 1, 2) and len(
-                    server.waiting(fingerd.ASK)) == n + 1,
-                    "a query")
-            self.assertEqual(server.server.lookups.threads.total, 2)
-            for n in range(6):
-                gate.release()
-                wait_until(lambda: len(asked) == min(n + 3, 6), "the next")
-            for n, sock in enumerate(socks):
-                self.assertEqual(read_all(sock), b"u%d\r\n" % n)
-                sock.close()
+        server = self.serve("[limits]\nmax_threads = 2\n" + USERS,
+                            ("test", TestBackend(note)))
+        socks = []
+        for n in range(6):
+            socks.append(self.send(server, b"u%d" % n, f"127.0.0.{n + 1}"))
+            server.wait_waiting(fingerd.ASK, n + 1)
+            wait_until(lambda: len(asked) == min(n + 1, 2), "a query")
+        self.assertEqual(server.server.lookups.threads.total, 2)
+        for n in range(6):
+            gate.release()
+            wait_until(lambda: len(asked) == min(n + 3, 6), "the next")
+        for n, sock in enumerate(socks):
+            self.assertEqual(read_all(sock), b"u%d\r\n" % n)
         self.assertEqual(sorted(asked[:2]), ["u0", "u1"])
         self.assertEqual(asked[2:], ["u2", "u3", "u4", "u5"])
 
     @needs_more_addresses
     def test_one_address_leaves_threads_to_others(self):
-        with contextlib.ExitStack() as stack:
-            backend = stack.enter_context(held())
-            server = stack.enter_context(serving(
-                "[limits]\nmax_threads = 8\n", [("held", backend)]))
-            for _ in range(5):
-                greedy = stack.enter_context(connect(server.address))
-                greedy.sendall(b"greedy\r\n")
-            wait_until(lambda: len(server.waiting(fingerd.ASK)) == 5, "five")
-            self.assertEqual(server.server.lookups.threads.total, 2)
-            other = stack.enter_context(connect(server.address, "127.0.0.2"))
-            other.sendall(b"other\r\n")
-            for _ in range(3):
-                self.assertTrue(backend.entered.acquire(timeout=HANG))
-            backend.release.set()
-            self.assertEqual(read_all(other), b"held other\r\n")
-            self.assertEqual(read_all(greedy), b"held greedy\r\n")
+        backend, server = self.serve_held("[limits]\nmax_threads = 8\n")
+        greedy = [self.send(server, b"greedy") for _ in range(5)]
+        server.wait_waiting(fingerd.ASK, 5)
+        self.assertEqual(server.server.lookups.threads.total, 2)
+        other = self.send(server, b"other", "127.0.0.2")
+        for _ in range(3):
+            self.assertTrue(backend.entered.acquire(timeout=HANG))
+        backend.release.set()
+        self.assertEqual(read_all(other), b"held other\r\n")
+        self.assertEqual(read_all(greedy[-1]), b"held greedy\r\n")
 
     def test_asks_nothing_for_a_client_that_was_reset_while_queued(self):
-        asked = []
-        with held() as backend, serving(
-                "[limits]\nmax_threads = 1\n", [("held", backend)]) as (
-                server), contextlib.ExitStack() as stack:
-            hold = backend.action
+        backend, server = self.serve_held("[limits]\nmax_threads = 1\n")
+        asked, hold = [], backend.action
 
-            def note(user, timeout):
-                asked.append(user)
-                return hold(user, timeout)
-            backend.action = note
-            first = stack.enter_context(connect(server.address))
-            first.sendall(b"first\r\n")
-            self.assertTrue(backend.entered.acquire(timeout=HANG))
-            for n in range(10):
-                sock = connect(server.address)
-                sock.sendall(b"reset\r\nmore\r\n")
-                wait_until(lambda: len(server.waiting(fingerd.ASK)) == n + 2,
-                           "the queue")
-                reset(sock)
-                sock.close()
-            patient = stack.enter_context(connect(server.address))
-            patient.sendall(b"patient\r\n")
-            patient.shutdown(socket.SHUT_WR)    # as nc -N does
-            wait_until(lambda: len(server.waiting(fingerd.ASK)) == 12, "all")
-            backend.release.set()
-            self.assertEqual(read_all(first), b"held first\r\n")
-            self.assertEqual(read_all(patient), b"held patient\r\n")
-            server.wait_log('q="reset" outcome=gone backend=- bytes=0', 10)
+        def note(user, timeout):
+            asked.append(user)
+            return hold(user, timeout)
+        backend.action = note
+        first = self.send(server, b"first")
+        self.assertTrue(backend.entered.acquire(timeout=HANG))
+        for n in range(10):
+            sock = self.send(server, b"reset\r\nmore")
+            server.wait_waiting(fingerd.ASK, n + 2)
+            reset(sock)
+            sock.close()
+        patient = self.send(server, b"patient")
+        patient.shutdown(socket.SHUT_WR)    # as nc -N does
+        server.wait_waiting(fingerd.ASK, 12)
+        backend.release.set()
+        self.assertEqual(read_all(first), b"held first\r\n")
+        self.assertEqual(read_all(patient), b"held patient\r\n")
+        server.wait_log('q="reset" outcome=gone backend=- bytes=0', 10)
         self.assertEqual(asked, ["first", "patient"])
 
     @needs_more_addresses
+    @mock.patch.object(fingerd, "GRACE", 0.1)
     def test_a_thread_that_is_late_gives_its_place_to_another_address(self):
-        with held() as backend, serving(
-                "[limits]\nmax_threads = 1\ntimeout = 0.1\n",
-                [("held", backend)]) as server, \
-                mock.patch.object(fingerd, "GRACE", 0.1):
-            for host in ("127.0.0.1", "127.0.0.2"):
-                with connect(server.address, host) as sock:
-                    sock.sendall(b"bob\r\n")
-                    self.assertTrue(backend.entered.acquire(timeout=HANG))
-                    self.assertEqual(read_all(sock), FAILED)
-            self.assertEqual(server.server.lookups.threads.total, 2)
-            with connect(server.address, "127.0.0.3") as third:
-                third.sendall(b"bob\r\n")
-                self.assertEqual(read_all(third), FAILED)
-            self.assertFalse(backend.entered.acquire(blocking=False))
-            server.wait_log(r"no backend answered in time \(queued\)", 1)
-            backend.release.set()
-            wait_until(lambda: not server.server.lookups.threads, "threads")
-            self.assertEqual(server.ask(b"bob\r\n"), b"held bob\r\n")
+        backend, server = self.serve_held(
+            "[limits]\nmax_threads = 1\ntimeout = 0.1\n")
+        for host in ("127.0.0.1", "127.0.0.2"):
+            sock = self.send(server, b"bob", host)
+            self.assertTrue(backend.entered.acquire(timeout=HANG))
+            self.assertEqual(read_all(sock), FAILED)
+        self.assertEqual(server.server.lookups.threads.total, 2)
+        third = self.send(server, b"bob", "127.0.0.3")
+        self.assertEqual(read_all(third), FAILED)
+        self.assertFalse(backend.entered.acquire(blocking=False))
+        server.wait_log(r"no backend answered in time \(queued\)", 1)
+        backend.release.set()
+        wait_until(lambda: not server.server.lookups.threads, "threads")
+        self.assertEqual(server.ask(b"bob\r\n"), b"held bob\r\n")
 
     def test_asks_a_backend_that_does_not_wait_each_time(self):
-        asked = []
-        def count(user, timeout):
-            asked.append(user)
-            return f"{user} {len(asked)}\n"
-        backend = TestBackend(count)
+        numbers = itertools.count(1)
+        backend = TestBackend(lambda user, timeout: f"{user} {next(numbers)}")
         backend.waits = False
-        with serving(backends=[("test", backend)]) as server:
-            self.assertEqual(server.ask(b"a\r\n"), b"a 1\r\n")
-            self.assertEqual(server.ask(b"a\r\n"), b"a 2\r\n")
+        server = self.serve(USERS, ("test", backend))
+        self.assertEqual(server.ask(b"a\r\n"), b"a 1\r\n")
+        self.assertEqual(server.ask(b"a\r\n"), b"a 2\r\n")
 
     def test_a_reload_that_allows_more_lookups_starts_them(self):
-        with held() as backend, serving(
-                "[limits]\nmax_threads = 1\n", [("held", backend)]) as server:
-            with connect(server.address) as one, \
-                    connect(server.address) as two:
-                one.sendall(b"bob\r\n")
-                self.assertTrue(backend.entered.acquire(timeout=HANG))
-                two.sendall(b"carol\r\n")
-                wait_until(lambda: server.server.lookups.queued, "queue")
-                config = read_config("[limits]\nmax_threads = 8\n")
-                config.backends += (("held", backend),)
-                site = fingerd.Answers(config, server.server.log)
-                server.server.inbox.actions[99] = functools.partial(
-                    server.server.change_answers, site)
-                server.server.inbox.signals.append(99)
-                server.server.inbox.wake()
-                self.assertTrue(backend.entered.acquire(timeout=HANG))
-                backend.release.set()
-                self.assertEqual(read_all(two), b"held carol\r\n")
+        backend, server = self.serve_held("[limits]\nmax_threads = 1\n")
+        self.send(server, b"bob")
+        self.assertTrue(backend.entered.acquire(timeout=HANG))
+        two = self.send(server, b"carol")
+        wait_until(lambda: server.server.lookups.queued, "queue")
+        config = read_config("[limits]\nmax_threads = 8\n")
+        config.backends += (("held", backend),)
+        site = fingerd.Answers(config, server.server.log)
+        server.server.inbox.actions[99] = functools.partial(
+            server.server.change_answers, site)
+        server.server.inbox.signals.append(99)
+        server.server.inbox.wake()
+        self.assertTrue(backend.entered.acquire(timeout=HANG))
+        backend.release.set()
+        self.assertEqual(read_all(two), b"held carol\r\n")
 
     def test_a_stop_ends_with_the_last_client_of_a_full_server(self):
-        with held() as backend, serving("[limits]\nmax_clients = 1\n",
-                                        [("held", backend)]) as server:
-            with connect(server.address) as sock:
-                sock.sendall(b"bob\r\n")
-                sock.shutdown(socket.SHUT_WR)
-                self.assertTrue(backend.entered.acquire(timeout=HANG))
-                server.server.inbox.signals.append(signal.SIGTERM)
-                server.server.inbox.wake()
-                wait_until(lambda: server.server.stop_deadline, "the stop")
-                backend.release.set()
-                self.assertEqual(read_all(sock), b"held bob\r\n")
-                self.assertTrue(server.server.ended.wait(HANG))
+        backend, server = self.serve_held("[limits]\nmax_clients = 1\n")
+        sock = self.send(server, b"bob")
+        sock.shutdown(socket.SHUT_WR)
+        self.assertTrue(backend.entered.acquire(timeout=HANG))
+        server.server.inbox.signals.append(signal.SIGTERM)
+        server.server.inbox.wake()
+        wait_until(lambda: server.server.stop_deadline, "the stop")
+        backend.release.set()
+        self.assertEqual(read_all(sock), b"held bob\r\n")
+        self.assertTrue(server.server.ended.wait(HANG))
 
     def test_a_stop_waits_no_longer_for_who_does_not_read(self):
-        with contextlib.ExitStack() as stack:
-            server = stack.enter_context(serving(
-                "[limits]\nmax_reply = 32M\ntimeout = 0.2\n[users]\nbig = "
-                + "x" * 5_000_000))
-            slow = stack.enter_context(connect(server.address,
-                                                window=4096))
-            slow.sendall(b"big\r\n")
-            wait_until(lambda: server.waiting(fingerd.WRITE),
-                       "the state")
-            server.server.waiting.hurry(math.inf, fingerd.WRITE)
-            server.server.shutdown()
-            server.wait_log('q="big" outcome=gone')
+        server = self.serve("[limits]\nmax_reply = 32M\ntimeout = 0.2\n"
+                            "[users]\nbig = " + "x" * 5_000_000)
+        self.send(server, b"big", window=4096)
+        server.wait_waiting(fingerd.WRITE)
+        server.server.waiting.hurry(math.inf, fingerd.WRITE)
+        server.server.shutdown()
+        server.wait_log('q="big" outcome=gone')
 
+    @mock.patch.object(fingerd, "GRACE", 0.1)
     def test_a_backend_that_hangs_costs_its_client_only_the_deadline(self):
-        with held() as backend, serving(
-                "[limits]\ntimeout = 0.1\nmax_threads = 1\n" + USERS,
-                [("held", backend)]) as server, \
-                mock.patch.object(fingerd, "GRACE", 0.1):
-            with connect(server.address) as first:
-                first.sendall(b"bob\r\n")
-                self.assertTrue(backend.entered.acquire(timeout=HANG))
-                self.assertEqual(server.ask(b"carol\r\n"), FAILED)
-                self.assertEqual(read_all(first), FAILED)
-            server.wait_log(r'reason="no backend answered in time \(asking\)')
-            server.wait_log(r'reason="no backend answered in time \(queued\)')
-            self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
-            backend.release.set()
-            wait_until(lambda: not server.server.lookups.threads, "the thread")
-            self.assertEqual(
-                len([line for line in server.log() if "query" in line]), 3)
-            self.assertEqual(server.ask(b"carol\r\n"), b"held carol\r\n")
+        backend, server = self.serve_held(
+            "[limits]\ntimeout = 0.1\nmax_threads = 1\n" + USERS)
+        first = self.send(server, b"bob")
+        self.assertTrue(backend.entered.acquire(timeout=HANG))
+        self.assertEqual(server.ask(b"carol\r\n"), FAILED)
+        self.assertEqual(read_all(first), FAILED)
+        first.close()
+        for state in ("asking", "queued"):
+            server.wait_log(r'reason="no backend answered in time \('
+                            + state)
+        self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+        backend.release.set()
+        wait_until(lambda: not server.server.lookups.threads, "the thread")
+        self.assertEqual(
+            len([line for line in server.log() if "query" in line]), 3)
+        self.assertEqual(server.ask(b"carol\r\n"), b"held carol\r\n")
 
     def test_a_thread_that_exits_gives_its_place_back(self):
-        with serving("[limits]\nmax_threads = 1\n",
-                     [("test", TestBackend(lambda user, timeout: sys.exit()))
-                      ]) as server:
-            for _ in range(2):
-                self.assertEqual(server.ask(b"bob\r\n"), FAILED)
+        server = self.serve(
+            "[limits]\nmax_threads = 1\n",
+            ("test", TestBackend(lambda user, timeout: sys.exit())))
+        for _ in range(2):
+            self.assertEqual(server.ask(b"bob\r\n"), FAILED)
 
     def test_a_client_that_leaves_while_a_backend_works_is_no_trouble(self):
-        with held() as backend, serving(
-                USERS, [("held", backend)]) as server:
-            with connect(server.address) as sock:
-                sock.sendall(b"bob\r\n")
-                self.assertTrue(backend.entered.acquire(timeout=HANG))
-                reset(sock)
-            backend.release.set()
-            server.wait_log('q="bob" outcome=gone backend=- bytes=0')
+        backend, server = self.serve_held()
+        sock = self.send(server, b"bob")
+        self.assertTrue(backend.entered.acquire(timeout=HANG))
+        reset(sock)
+        sock.close()
+        backend.release.set()
+        server.wait_log('q="bob" outcome=gone backend=- bytes=0')
 
 
 class ForwardTest(unittest.TestCase):
@@ -2389,249 +2363,215 @@ class LoopTest(unittest.TestCase):
         self.assertFalse(door.pause(OSError(errno.ECONNABORTED, "x"), 7, 4))
 
 
-class LimitsTest(unittest.TestCase):
+class LimitsTest(ServerCase):
     """Clients that are slow, many, or rude cost nobody else anything."""
 
-    def test_a_dripping_client_ends_at_the_deadline_of_the_line(self):
-        with serving("[limits]\ntimeout = 0.3\n" + USERS) as server:
-            with connect(server.address) as sock:
-                sock.settimeout(0.02)
-                reply, drops = b"", 0
-                while not reply:
-                    sock.sendall(b"a")
-                    drops += 1
-                    with contextlib.suppress(socket.timeout):
-                        reply = sock.recv(100)
-                self.assertEqual(reply, b"Query timed out\r\n")
-                self.assertGreater(drops, 3)
-            server.wait_log('q="a+" outcome=timeout')
+    def connect(self, server, *args, **options):
+        """Give a client for the rest of the test."""
+        return self.enter(server.connect(*args, **options))
 
-    def test_a_silent_client_is_told_that_its_time_is_over(self):
-        with serving("[limits]\ntimeout = 0.05\n" + USERS) as server:
-            self.assertEqual(server.ask(), b"Query timed out\r\n")
-            server.wait_log('q="" outcome=silent backend=- bytes=17')
+    def test_a_dripping_client_ends_at_the_deadline_of_the_line(self):
+        server = self.serve("[limits]\ntimeout = 0.3\n" + USERS)
+        sock = self.connect(server)
+        sock.settimeout(0.02)
+        reply, drops = b"", 0
+        while not reply:
+            sock.sendall(b"a")
+            drops += 1
+            with contextlib.suppress(socket.timeout):
+                reply = sock.recv(100)
+        self.assertEqual(reply, b"Query timed out\r\n")
+        self.assertGreater(drops, 3)
+        server.wait_log('q="a+" outcome=timeout')
+        self.assertEqual(server.ask(), b"Query timed out\r\n")
+        server.wait_log('q="" outcome=silent backend=- bytes=17')
 
     def test_a_reset_is_no_trouble(self):
-        with serving() as server:
-            for data in (b"", b"mos"):
-                sock = connect(server.address)
-                sock.sendall(data)
-                wait_until(lambda: [
-                    handler for handler in server.waiting(fingerd.READ)
-                    if handler.text == data], "the client")
-                reset(sock)
-                sock.close()
-            server.wait_log("outcome=gone", 2)
-            self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+        server = self.serve()
+        for data in (b"", b"mos"):
+            sock = self.connect(server, data)
+            wait_until(lambda: [
+                handler for handler in server.waiting(fingerd.READ)
+                if handler.text == data], "the client")
+            reset(sock)
+            sock.close()
+        server.wait_log("outcome=gone", 2)
+        self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
 
     def test_loses_nothing_to_what_the_client_still_sends(self):
-        text = "[users]\nlong = " + "x" * 60_000
-        with serving(text) as server:
-            for _ in range(20):
-                with connect(server.address) as sock:
-                    sock.sendall(b"long\r\n" + b"y" * 100_000)
-                    self.assertEqual(len(read_all(sock)), 60_002)
+        server = self.serve("[users]\nlong = " + "x" * 60_000)
+        for _ in range(20):
+            self.assertEqual(
+                len(server.ask(b"long\r\n" + b"y" * 100_000)), 60_002)
 
     def test_a_flood_behind_the_query_is_cut_off(self):
-        with serving() as server, connect(server.address) as sock:
-            sock.sendall(b"moshez\r\n")
-            self.assertEqual(read_all(sock), HAPPY)
-            with self.assertRaises(OSError):
-                for _ in range(1000):
-                    sock.sendall(b"y" * 65536)
-            wait_until(lambda: not server.server.hosts.total, "the close")
+        server = self.serve()
+        sock = self.connect(server, b"moshez\r\n")
+        self.assertEqual(read_all(sock), HAPPY)
+        with self.assertRaises(OSError):
+            for _ in range(1000):
+                sock.sendall(b"y" * 65536)
+        wait_until(lambda: not server.server.hosts.total, "the close")
 
     def test_takes_more_clients_in_a_row_when_more_are_waiting(self):
         log = fingerd.Log()
         listeners = fingerd.open_listeners([("127.0.0.1", 0)])
-        with contextlib.ExitStack() as stack:
-            server = stack.enter_context(fingerd.FingerServer(
-                listeners, fingerd.Answers(read_config(""), log), log))
-            for _ in range(30):
-                stack.enter_context(connect(listeners[0].getsockname()))
-            server.door.accepts, turns = 1.0, 0
-            while server.hosts.total < 30 and turns < 30:
-                server.accept_clients(listeners[0])
-                turns += 1
-            self.assertLess(turns, 20)
+        server = self.enter(fingerd.FingerServer(
+            listeners, fingerd.Answers(read_config(""), log), log))
+        for _ in range(30):
+            self.enter(connect(listeners[0].getsockname()))
+        server.door.accepts, turns = 1.0, 0
+        while server.hosts.total < 30 and turns < 30:
+            server.accept_clients(listeners[0])
+            turns += 1
+        self.assertLess(turns, 20)
 
     def test_a_client_that_never_closes_is_closed_at_the_deadline(self):
-        with serving("[limits]\ntimeout = 0.1\n" + USERS) as server:
-            with connect(server.address) as sock:
-                sock.sendall(b"moshez\r\n")
-                self.assertEqual(read_all(sock), HAPPY)
-                wait_until(lambda: server.waiting(fingerd.CLOSE), "state")
-                wait_until(lambda: not server.server.hosts.total, "the close")
+        server = self.serve("[limits]\ntimeout = 0.1\n" + USERS)
+        sock = self.connect(server, b"moshez\r\n")
+        self.assertEqual(read_all(sock), HAPPY)
+        server.wait_waiting(fingerd.CLOSE)
+        wait_until(lambda: not server.server.hosts.total, "the close")
 
-    def test_a_slow_reader_holds_nobody_up_and_gets_it_all(self):
+    def test_a_slow_reader_holds_nobody_up_and_has_its_time(self):
         size = 5_000_000        # more than both sockets' buffers hold
-        with serving("[limits]\nmax_reply = 32M\n[users]\nbig = "
-                     + "x" * size + "\nmoshez = Happy and well\n") as server:
-            with connect(server.address, window=4096) as slow:
-                slow.sendall(b"big\r\n")
-                wait_until(lambda: server.waiting(fingerd.WRITE), "state")
-                self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
-                self.assertEqual(len(read_all(slow)), size + 2)
-            server.wait_log(f"outcome=answered .*bytes={size + 2}")
-
-    def test_a_client_that_does_not_read_is_left_at_the_deadline(self):
-        with serving("[limits]\nmax_reply = 32M\ntimeout = 0.1\n[users]\n"
-                     "big = " + "x" * 5_000_000) as server:
-            with connect(server.address, window=4096) as sock:
-                sock.sendall(b"big\r\n")
-                server.wait_log('q="big" outcome=gone')
+        text = "[users]\nbig = " + "x" * size + "\nmoshez = Happy and well\n"
+        server = self.serve("[limits]\nmax_reply = 32M\n" + text)
+        slow = self.connect(server, b"big\r\n", window=4096)
+        server.wait_waiting(fingerd.WRITE)
+        self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+        self.assertEqual(len(read_all(slow)), size + 2)
+        server.wait_log(f"outcome=answered .*bytes={size + 2}")
+        server = self.serve("[limits]\nmax_reply = 32M\ntimeout = 0.1\n"
+                            + text)
+        self.connect(server, b"big\r\n", window=4096)
+        server.wait_log('q="big" outcome=gone')
 
     def test_holds_clients_above_max_clients_in_the_kernel(self):
-        with serving("[limits]\nmax_clients = 3\n" + USERS) as server:
-            socks = [connect(server.address) for _ in range(3)]
-            server.wait_log("full clients=3 limit=3")
-            with connect(server.address) as waiting:
-                waiting.sendall(b"moshez\r\n")
-                self.assertEqual(select.select([waiting], [], [], 0.1)[0], [])
-                socks.pop().close()
-                self.assertEqual(read_all(waiting), HAPPY)
-            server.wait_log("room clients=2 limit=3")
-            for sock in socks:
-                sock.close()
+        server = self.serve("[limits]\nmax_clients = 3\n" + USERS)
+        socks = [self.connect(server) for _ in range(3)]
+        server.wait_log("full clients=3 limit=3")
+        waiting = self.connect(server, b"moshez\r\n")
+        self.assertEqual(select.select([waiting], [], [], 0.1)[0], [])
+        socks.pop().close()
+        self.assertEqual(read_all(waiting), HAPPY)
+        waiting.close()
+        server.wait_log("room clients=2 limit=3")
 
     def test_a_crowd_at_one_address_leaves_room_to_another(self):
-        with contextlib.ExitStack() as stack:
-            backend = stack.enter_context(held())
-            server = stack.enter_context(serving(
-                "[limits]\nmax_clients = 1\n", [("held", backend)],
-                "127.0.0.1:0 127.0.0.1:0"))
-            first, second = (listener.getsockname()
-                             for listener in server.server.door.listeners)
-            socks = []
-            for number in range(12):
-                socks.append(stack.enter_context(connect(
-                    second if number in (1, 2) else first)))
-                socks[-1].sendall(b"u%d\r\n" % number)
-                socks[-1].shutdown(socket.SHUT_WR)  # its place is free then
-                if number == 0:
-                    self.assertTrue(backend.entered.acquire(timeout=HANG))
-            backend.release.set()
-            for sock in socks:
-                self.assertIn(b"held u", read_all(sock))
-                sock.close()
-            server.wait_log("outcome=answered", 12)
-            order = re.findall('q="(u[0-9]+)"', "\n".join(server.log()))
-            self.assertLess(order.index("u2"), 6)
-            self.assertLess(order.index("u4"), 6)
+        backend = self.enter(held())
+        server = self.serve("[limits]\nmax_clients = 1\n", ("held", backend),
+                            listen="127.0.0.1:0 127.0.0.1:0")
+        first, second = (listener.getsockname()
+                         for listener in server.server.door.listeners)
+        socks = []
+        for number in range(12):
+            socks.append(self.enter(connect(
+                second if number in (1, 2) else first)))
+            socks[-1].sendall(b"u%d\r\n" % number)
+            socks[-1].shutdown(socket.SHUT_WR)  # its place is free then
+            if number == 0:
+                self.assertTrue(backend.entered.acquire(timeout=HANG))
+        backend.release.set()
+        for sock in socks:
+            self.assertIn(b"held u", read_all(sock))
+            sock.close()
+        server.wait_log("outcome=answered", 12)
+        order = re.findall('q="(u[0-9]+)"', "\n".join(server.log()))
+        self.assertLess(order.index("u2"), 6)
+        self.assertLess(order.index("u4"), 6)
 
     def test_one_address_cannot_hold_more_than_its_share(self):
-        with serving("[limits]\nmax_clients_per_host = 2\n" + USERS) as server:
-            socks = [connect(server.address) for _ in range(2)]
-            wait_until(lambda: len(server.waiting(fingerd.READ)) == 2, "both")
-            self.assertEqual(server.ask(b"moshez\r\n"),
-                             b"Too many queries, try again later\r\n")
-            server.wait_log('q="" outcome=limited')
-            socks.pop().close()
-            self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
-            socks.pop().close()
+        server = self.serve("[limits]\nmax_clients_per_host = 2\n" + USERS)
+        socks = [self.connect(server) for _ in range(2)]
+        server.wait_waiting(fingerd.READ, 2)
+        self.assertEqual(server.ask(b"moshez\r\n"), LIMITED)
+        server.wait_log('q="" outcome=limited')
+        socks.pop().close()
+        self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
 
     def test_who_is_answered_and_does_not_close_counts_for_its_address(self):
-        with serving("[limits]\nmax_clients_per_host = 3\n" + USERS) as (
-                server), contextlib.ExitStack() as stack:
-            replies = []
-            for _ in range(30):
-                sock = stack.enter_context(connect(server.address))
-                sock.sendall(b"moshez\r\n")
-                replies.append(read_all(sock))
-            self.assertEqual(replies[:3], [HAPPY] * 3)
-            self.assertEqual(set(replies[3:]),
-                             {b"Too many queries, try again later\r\n"})
+        server = self.serve("[limits]\nmax_clients_per_host = 3\n" + USERS)
+        replies = [read_all(self.connect(server, b"moshez\r\n"))
+                   for _ in range(30)]
+        self.assertEqual(replies, [HAPPY] * 3 + [LIMITED] * 27)
 
     def test_an_address_within_its_limit_is_never_refused(self):
         for limit in (1, 2):
-            with serving(f"[limits]\nmax_clients_per_host = {limit}\n"
-                         + USERS) as server, contextlib.ExitStack() as stack:
-                held_open = stack.enter_context(contextlib.ExitStack())
-                for number in range(100):
-                    sock = connect(server.address)
-                    sock.sendall(b"moshez\r\n")
-                    self.assertEqual(read_all(sock), HAPPY)
-                    if number % 10 == 0:    # is watched then, not lingering
-                        wait_until(lambda: server.waiting(fingerd.CLOSE),
-                                   "the watch")
+            server = self.serve(f"[limits]\nmax_clients_per_host = {limit}\n"
+                                + USERS)
+            held_open = self.enter(contextlib.ExitStack())
+            for number in range(100):
+                sock = self.connect(server, b"moshez\r\n")
+                self.assertEqual(read_all(sock), HAPPY)
+                if number % 10 == 0:    # is watched then, not lingering
+                    wait_until(lambda: server.waiting(fingerd.CLOSE), "it")
+                held_open.close()
+                held_open.enter_context(sock)
+                if limit == 1:
                     held_open.close()
-                    held_open.enter_context(sock)
-                    if limit == 1:
-                        held_open.close()
 
     @needs_more_addresses
     def test_who_is_refused_takes_no_place_from_others(self):
-        with serving("[limits]\nmax_clients = 20\nmax_clients_per_host = 5\n"
-                     + USERS) as server, contextlib.ExitStack() as stack:
-            for _ in range(60):     # and none of them closes
-                stack.enter_context(connect(server.address))
-            start = time.monotonic()
-            other = stack.enter_context(connect(server.address, "127.0.0.2"))
-            other.sendall(b"moshez\r\n")
-            self.assertEqual(read_all(other), HAPPY)
-            self.assertLess(time.monotonic() - start, 2)
+        server = self.serve("[limits]\nmax_clients = 20\n"
+                            "max_clients_per_host = 5\n" + USERS)
+        for _ in range(60):     # and none of them closes
+            self.connect(server)
+        start = time.monotonic()
+        other = self.connect(server, b"moshez\r\n", "127.0.0.2")
+        self.assertEqual(read_all(other), HAPPY)
+        self.assertLess(time.monotonic() - start, HANG / 2)
 
     def test_is_quick_and_quiet_with_room_for_one(self):
-        with serving("[limits]\nmax_clients = 1\n" + USERS) as server:
-            start = time.monotonic()
-            for _ in range(40):
-                self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
-            self.assertLess(time.monotonic() - start, 1)
-            self.assertLessEqual(
-                len([line for line in server.log() if "full" in line]), 1)
+        server = self.serve("[limits]\nmax_clients = 1\n" + USERS)
+        start = time.monotonic()
+        for _ in range(40):
+            self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+        self.assertLess(time.monotonic() - start, 40 * fingerd.LINGER)
+        self.assertLessEqual(
+            len([line for line in server.log() if "full" in line]), 1)
 
     def test_a_timeout_of_a_year_is_no_trouble(self):
-        with serving("[limits]\ntimeout = 31622400\n" + USERS) as server, \
-                connect(server.address):
-            wait_until(lambda: server.waiting(fingerd.READ), "the state")
-            self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+        server = self.serve("[limits]\ntimeout = 31622400\n" + USERS)
+        self.connect(server)
+        server.wait_waiting(fingerd.READ)
+        self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
 
-    def test_one_address_can_ask_only_so_often(self):
-        with serving("[limits]\nqueries_per_minute = 3\n" + USERS) as server:
-            for _ in range(3):
-                self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
-            self.assertEqual(server.ask(b"moshez\r\n"),
-                             b"Too many queries, try again later\r\n")
-            server.wait_log('q="moshez" outcome=limited')
-
-    def test_lines_that_are_no_queries_count_for_the_rate(self):
-        for line, reply in [(b"\0\r\n", b"Malformed query\r\n"),
-                            (b"x" * 600, b"Query too long\r\n")]:
-            with serving("[limits]\nqueries_per_minute = 2\n"
-                         + USERS) as server:
-                for _ in range(2):
-                    self.assertEqual(server.ask(line), reply)
-                self.assertEqual(server.ask(line),
-                                 b"Too many queries, try again later\r\n")
+    def test_one_address_can_ask_only_so_often_also_what_is_no_query(self):
+        for line, reply, logged in [
+                (b"moshez\r\n", HAPPY, 'q="moshez" outcome=limited'),
+                (b"\0\r\n", b"Malformed query\r\n", "outcome=limited"),
+                (b"x" * 600, b"Query too long\r\n", "outcome=limited")]:
+            server = self.serve("[limits]\nqueries_per_minute = 2\n" + USERS)
+            self.assertEqual([server.ask(line) for _ in range(3)],
+                             [reply, reply, LIMITED])
+            server.wait_log(logged)
 
     def test_slow_readers_of_one_text_share_it(self):
         text = "\nbig = " + "\n ".join(["x" * 7000] * 500)
-        for limits, query in [("max_reply = 8M", b"big\r\n"),
-                              ("max_reply = 3M", b"big\r\n"),
-                              ("max_reply = 4M", b"big big\r\n")]:
-            with serving(f"[limits]\n{limits}\n[users]{text}") as (
-                    server), contextlib.ExitStack() as stack:
-                for _ in range(5):
-                    sock = stack.enter_context(connect(server.address,
-                                                       window=4096))
-                    sock.sendall(query)
-                wait_until(lambda: len(server.waiting(fingerd.WRITE)) == 5,
-                           "the readers")
-                self.assertEqual(len({id(handler.reply.data) for handler in
-                                      server.waiting(fingerd.WRITE)}), 1)
+        for limits, line in [("max_reply = 8M", b"big\r\n"),
+                             ("max_reply = 3M", b"big\r\n"),
+                             ("max_reply = 4M", b"big big\r\n")]:
+            server = self.serve(f"[limits]\n{limits}\n[users]{text}")
+            for _ in range(5):
+                self.connect(server, line, window=4096)
+            server.wait_waiting(fingerd.WRITE, 5)
+            self.assertEqual(len({id(handler.reply.data) for handler in
+                                  server.waiting(fingerd.WRITE)}), 1)
 
     @needs_root             # some kernels let nobody else attach a filter
     def test_a_stop_loses_nobody_that_has_connected(self):
         lost: list[Any] = []
         answered: list[Any] = []
 
-        def load(address):
+        def load():
             while True:
                 try:
-                    sock = connect(address)
+                    sock = connect(server.address, timeout=0.5)
                 except OSError:         # refused, or no answer at all
                     return
                 with sock:
+                    sock.settimeout(HANG)
                     try:
                         sock.sendall(b"moshez\r\n")
                         reply = read_all(sock)
@@ -2639,17 +2579,12 @@ class LimitsTest(unittest.TestCase):
                         reply = error
                     (answered if reply == HAPPY else lost).append(reply)
 
-        with serving("[limits]\nmax_clients_per_host = 1000\n"
-                     + USERS) as server, \
-                mock.patch(f"{__name__}.HANG", 0.5):
-            threads = [threading.Thread(target=load, args=[server.address])
-                       for _ in range(8)]
-            for thread in threads:
-                thread.start()
+        def stop():
             wait_until(lambda: len(answered) > 500, "some queries")
             server.server.shutdown()
-            for thread in threads:
-                thread.join(10)
+
+        server = self.serve("[limits]\nmax_clients_per_host = 1000\n" + USERS)
+        in_threads([load] * 8 + [stop])
         self.assertEqual(lost, [])
 
     def test_a_stop_leaves_little_time_to_those_who_do_not_ask_or_close(self):
@@ -2689,26 +2624,20 @@ class LimitsTest(unittest.TestCase):
         listener, = fingerd.open_listeners([("127.0.0.1", 0)])
         with listener, connect(listener.getsockname()):
             fingerd.drop_new_connections(listener)
-            with socket.socket() as late:
-                late.settimeout(0.1)
-                with self.assertRaises(socket.timeout):
-                    late.connect(listener.getsockname())
+            with self.assertRaises(socket.timeout):
+                connect(listener.getsockname(), timeout=0.1)
             listener.accept()[0].close()
             with self.assertRaises(BlockingIOError):
                 listener.accept()
 
     def test_answers_a_burst_of_a_thousand(self):
-        count = raise_descriptors(2200) and 1000
-        self.assertTrue(count, "1,000 clients need 2,200 descriptors")
-        with serving("[limits]\nmax_clients_per_host = 2000\n"
-                     + USERS) as server:
-            socks = []
-            for _ in range(count):
-                socks.append(connect(server.address))
-                socks[-1].sendall(b"moshez\r\n")
-            for sock in socks:
-                self.assertEqual(read_all(sock), HAPPY)
-                sock.close()
+        self.assertTrue(raise_descriptors(2200),
+                        "1,000 clients need 2,200 descriptors")
+        server = self.serve("[limits]\nmax_clients_per_host = 2000\n" + USERS)
+        socks = [server.connect(b"moshez\r\n") for _ in range(1000)]
+        for sock in socks:
+            self.assertEqual(read_all(sock), HAPPY)
+            sock.close()
 
 
 def raise_descriptors(wanted):
@@ -2737,13 +2666,13 @@ class Faulty:
         return getattr(self.sock, name)
 
 
-class FaultsTest(unittest.TestCase):
+class FaultsTest(ServerCase):
     """What the system may say to a call, and cannot be made to say here."""
 
-    def ask_with_fault(self, server, call, error):
+    def ask_with_fault(self, server, call, name):
         """Have the next client meet the fault; give its reply, if any."""
         accept = fingerd.Listener.accept
-        faults = [error]
+        faults = [OSError(getattr(errno, name), "x")]
 
         def fail(listener):
             if call == "accept" and faults:
@@ -2761,135 +2690,117 @@ class FaultsTest(unittest.TestCase):
             self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
         return reply
 
+    @mock.patch.object(fingerd, "PAUSE", 0.01)
     def test_accept_may_fail_in_any_way(self):
         starving = ("EMFILE", "ENFILE", "ENOBUFS", "ENOMEM")
         for name in (*starving, "ECONNABORTED", "EPERM", "EPROTO", "ENETDOWN",
                      "EHOSTUNREACH", "EOPNOTSUPP", "ETIMEDOUT", "EINTR",
                      "EAGAIN"):
-            with self.subTest(error=name), \
-                    mock.patch.object(fingerd, "PAUSE", 0.01), \
-                    serving() as server:
-                error = OSError(getattr(errno, name), "x")
-                self.assertEqual(
-                    self.ask_with_fault(server, "accept", error), HAPPY)
+            with self.subTest(error=name), serving() as server:
+                self.assertEqual(self.ask_with_fault(server, "accept", name),
+                                 HAPPY)
                 log = "\n".join(server.log())
                 self.assertEqual(log.count(" starved "), name in starving)
                 self.assertNotIn(" bug ", log)
 
     def test_accepts_in_vain_now_and_then_only(self):
+        server = self.serve()
         accept = fingerd.Listener.accept
-        calls = []
-
-        def count(listener):
-            calls.append(listener)
-            return accept(listener)
-
-        with serving() as server, \
-                mock.patch.object(fingerd.Listener, "accept", count):
+        with mock.patch.object(fingerd.Listener, "accept", autospec=True,
+                               side_effect=accept) as accepts:
             for _ in range(54):
                 self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
-            self.assertLess(len(calls), 54 + 10)
+        self.assertLess(accepts.call_count, 54 + 10)
 
     def test_a_client_that_cannot_be_watched_leaves_nothing(self):
-        with serving() as server, contextlib.ExitStack() as stack:
-            selector = server.server.selector
-            stack.enter_context(mock.patch.object(
-                selector, "register", side_effect=OSError(
-                    errno.ENOSPC, "No space left on device")))
-            with connect(server.address) as sock:
-                sock.sendall(b"half a line")
-                with contextlib.suppress(ConnectionError):
-                    self.assertEqual(read_all(sock), b"")
-            stack.close()
-            server.wait_log('starved reason="no space left on device"')
-            server.wait_log("outcome=gone")
-            self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
-            wait_until(lambda: not server.server.hosts.total, "the close")
+        server = self.serve()
+        with mock.patch.object(
+                server.server.selector, "register", side_effect=OSError(
+                    errno.ENOSPC, "No space left on device")), \
+                server.connect(b"half a line") as sock, \
+                contextlib.suppress(ConnectionError):
+            self.assertEqual(read_all(sock), b"")
+        server.wait_log('starved reason="no space left on device"')
+        server.wait_log("outcome=gone")
+        self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+        wait_until(lambda: not server.server.hosts.total, "the close")
 
     def test_a_client_whose_calls_fail_costs_nobody_else(self):
         gone = 0
-        with serving() as server:
-            for call, name in [
-                    ("recv", "ECONNRESET"), ("recv", "ETIMEDOUT"),
-                    ("recv", "EHOSTUNREACH"), ("recv", "ENOMEM"),
-                    ("recv", "EAGAIN"), ("send", "EPIPE"),
-                    ("send", "ECONNRESET"), ("send", "ENOBUFS"),
-                    ("send", "ENOMEM"), ("send", "EAGAIN"),
-                    ("shutdown", "ENOTCONN"), ("shutdown", "ECONNRESET")]:
+        server = self.serve()
+        for call, *names in [
+                ("recv", "ECONNRESET", "ETIMEDOUT", "EHOSTUNREACH", "ENOMEM",
+                 "EAGAIN"),
+                ("send", "EPIPE", "ECONNRESET", "ENOBUFS", "ENOMEM",
+                 "EAGAIN"),
+                ("shutdown", "ENOTCONN", "ECONNRESET")]:
+            for name in names:
                 with self.subTest(call=call, error=name):
-                    reply = self.ask_with_fault(
-                        server, call, OSError(getattr(errno, name), "x"))
+                    reply = self.ask_with_fault(server, call, name)
                     if name == "EAGAIN":
                         self.assertEqual(reply, HAPPY)
                     else:
                         gone += 1
                         server.wait_log("outcome=gone", gone)
-            self.assertNotIn(" bug ", "\n".join(server.log()))
+        self.assertNotIn(" bug ", "\n".join(server.log()))
 
     def test_a_file_that_cannot_be_opened_is_named_with_the_reason(self):
-        with tempfile.TemporaryDirectory() as directory, serving() as server:
-            path = os.path.join(directory, "x")
-            settings = types.SimpleNamespace(to=path, format="text")
-            for name in ("EACCES", "EDQUOT", "EINTR", "EIO", "EISDIR",
-                         "ELOOP", "EMFILE", "ENAMETOOLONG", "ENFILE",
-                         "ENODEV", "ENOENT", "ENOMEM", "ENOSPC", "ENOTDIR",
-                         "ENXIO", "EPERM", "EROFS", "ETXTBSY"):
-                number = getattr(errno, name)
-                words = os.strerror(number).lower() + ": " + path
-                error = OSError(number, os.strerror(number), path)
-                with self.subTest(error=name):
-                    with mock.patch("builtins.open", side_effect=error), \
-                            self.assertRaises(fingerd.ConfigError) as caught:
-                        fingerd.read_config(path, print)
-                    self.assertIn(words, str(caught.exception))
-                    with mock.patch("os.open", side_effect=error):
-                        with self.assertRaises(fingerd.StartError) as failed:
-                            fingerd.Pidfile(path)
-                        self.assertIn(words, str(failed.exception))
-                        with self.assertRaises(OSError):
-                            server.server.log.open(settings)
-                    self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
-            server.wait_log("outcome=answered", 18)     # the log went on
+        server = self.serve()
+        path = os.path.join(os.sep, "no", "such", "file")
+        settings = types.SimpleNamespace(to=path, format="text")
+        for name in ("EACCES", "EDQUOT", "EINTR", "EIO", "EISDIR", "ELOOP",
+                     "EMFILE", "ENAMETOOLONG", "ENFILE", "ENODEV", "ENOENT",
+                     "ENOMEM", "ENOSPC", "ENOTDIR", "ENXIO", "EPERM", "EROFS",
+                     "ETXTBSY"):
+            number = getattr(errno, name)
+            words = os.strerror(number).lower() + ": " + path
+            error = OSError(number, os.strerror(number), path)
+            with self.subTest(error=name):
+                with mock.patch("builtins.open", side_effect=error), \
+                        self.assertRaises(fingerd.ConfigError) as caught:
+                    fingerd.read_config(path, print)
+                self.assertIn(words, str(caught.exception))
+                with mock.patch("os.open", side_effect=error):
+                    with self.assertRaises(fingerd.StartError) as failed:
+                        fingerd.Pidfile(path)
+                    self.assertIn(words, str(failed.exception))
+                    with self.assertRaises(OSError):
+                        server.server.log.open(settings)
+                self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+        server.wait_log("outcome=answered", 18)     # the log went on
 
     def test_a_clock_that_is_set_changes_nothing_but_the_times(self):
         now = time.time()
-        with serving("[limits]\ntimeout = 0.1\nqueries_per_minute = 60\n"
-                     + USERS) as server:
-            for clock in (now, now + 86400, now - 86400, 0, -3600, 2 ** 33):
-                with self.subTest(clock=clock), \
-                        connect(server.address) as silent, \
-                        mock.patch("time.time", lambda clock=clock: clock):
-                    self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
-                    self.assertEqual(read_all(silent), b"Query timed out\r\n")
-                    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ",
-                                          time.gmtime(int(clock)))
-                    server.wait_log(f"^{stamp} query .*outcome=answered")
-
-    def test_who_can_have_no_thread_waits_for_one_that_runs(self):
-        with held() as backend, serving(backends=[("held", backend)]) as (
-                server), connect(server.address) as one, \
-                connect(server.address) as two:
-            one.sendall(b"bob\r\n")
-            self.assertTrue(backend.entered.acquire(timeout=HANG))
-            with mock.patch("threading.Thread.start", side_effect=RuntimeError(
-                    "can't start new thread")):
-                two.sendall(b"carol\r\n")
-                wait_until(lambda: server.server.lookups.queued, "queue")
+        server = self.serve("[limits]\ntimeout = 0.1\n"
+                            "queries_per_minute = 60\n" + USERS)
+        for clock in (now, now + 86400, now - 86400, 0, -3600, 2 ** 33):
+            with self.subTest(clock=clock), server.connect() as silent, \
+                    mock.patch("time.time", lambda clock=clock: clock):
                 self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
-            backend.release.set()
-            self.assertEqual(read_all(one), b"held bob\r\n")
-            self.assertEqual(read_all(two), b"held carol\r\n")
+                self.assertEqual(read_all(silent), b"Query timed out\r\n")
+                stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ",
+                                      time.gmtime(int(clock)))
+                server.wait_log(f"^{stamp} query .*outcome=answered")
 
-    def test_threads_that_cannot_be_had_fail_only_who_needs_one(self):
-        slow = TestBackend(lambda user, timeout: "slow\n")
-        with serving(backends=[("slow", slow)]) as server:
-            with mock.patch("threading.Thread.start", side_effect=RuntimeError(
-                    "can't start new thread")):
-                self.assertEqual(server.ask(b"other\r\n"),
-                                 fingerd.FIXED_REPLIES["failed"].data)
-                self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
-            server.wait_log("starved reason=\"can't start new thread\"")
-            self.assertEqual(server.ask(b"other\r\n"), b"slow\r\n")
+    def test_threads_that_cannot_be_had_fail_only_who_needs_the_first(self):
+        no_thread = mock.patch("threading.Thread.start",
+                               side_effect=RuntimeError(
+                                   "can't start new thread"))
+        backend = self.enter(held())
+        server = self.serve(USERS, ("held", backend))
+        with no_thread:
+            self.assertEqual(server.ask(b"other\r\n"), FAILED)
+            self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+        server.wait_log("starved reason=\"can't start new thread\"")
+        one = self.enter(server.connect(b"bob\r\n"))
+        self.assertTrue(backend.entered.acquire(timeout=HANG))
+        with no_thread:     # who can have none waits for one that runs
+            two = self.enter(server.connect(b"carol\r\n"))
+            wait_until(lambda: server.server.lookups.queued, "queue")
+            self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+        backend.release.set()
+        self.assertEqual(read_all(one), b"held bob\r\n")
+        self.assertEqual(read_all(two), b"held carol\r\n")
 
 
 class ProcessTest(unittest.TestCase):
@@ -5166,10 +5077,8 @@ def as_nobody():
         os.seteuid(0)
 
 
-class BackendCase(unittest.TestCase):
+class BackendCase(Case):
     """Makes backends; fails when one leaves a thread or descriptor behind."""
-
-    maxDiff = None
 
     def setUp(self):
         patch = mock.patch.dict(os.environ)
@@ -5195,12 +5104,6 @@ class BackendCase(unittest.TestCase):
 
     def make(self, kind, *args, **options):
         return kind(dict(defaults(kind), **options), self.report, *args)
-
-    def enter(self, context):
-        """Enter a context for the rest of the test."""
-        stack = contextlib.ExitStack()
-        self.addCleanup(stack.close)
-        return stack.enter_context(context)
 
     def write_script(self, text, name="script", shell="#!/bin/sh\n"):
         path = os.path.join(self.folder, name)
