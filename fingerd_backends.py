@@ -1342,12 +1342,13 @@ def spell_idle(tty, indent):
 
 
 def spell_mail(path):
-    """Report when mail came and was read, as far as a mailbox shows it."""
-    size = 0
-    with contextlib.suppress(OSError):
+    """Report when mail came and was read; nothing if we may not see it."""
+    try:
         info = os.stat(path)
-        size, came, read = info.st_size, int(info.st_mtime), int(info.st_atime)
-    if not size:
+    except OSError as error:
+        return "" if error.errno == errno.EACCES else "No mail.\n"
+    came, read = int(info.st_mtime), int(info.st_atime)
+    if not info.st_size:
         return "No mail.\n"
     if came <= read:
         return f"Mail last read {spell_time(read, '%Y ')}\n"
@@ -1361,6 +1362,15 @@ def spell_file(home, owner, item):
     if text is None:
         return "No Plan.\n" if item == "plan" else ""
     return FILES[item] + text + "\n" * (not text.endswith("\n"))
+
+
+def spell_table(rows):
+    """Give a line for each login and name, and since when."""
+    # rogallo makes a menu of a table with this first line.
+    rows = [("Login", "Name", "Login Time"), *sorted(rows)]
+    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
+    return "".join(f"{login:{widths[0]}}{name:{widths[1]}}{since}\n"
+                   for login, name, since in rows)
 
 
 class AccountsBackend:
@@ -1419,22 +1429,27 @@ class AccountsBackend:
         return text or None
 
     def user_list(self, verbose, client, timeout):
-        """Give a table of who is logged in, if that is shown; else None."""
-        if "login" not in self._items(client):
+        """Give who is logged in, if that is shown; with /W all that is shown.
+
+        finger(1) does the same for -l and for no option.
+        """
+        items = self._items(client)
+        if "login" not in items:
             return None
-        rows = []
-        for login in read_logins(self.utmp, ()):
-            entry = self._account(login.name)
-            if entry and self._visit(entry, lambda *account: account):
-                since = time.strftime("%b %e %R", time.localtime(login.since))
-                rows.append((entry.pw_name, split_gecos(entry)[0], since))
-        if not rows:
+        deadline = time.monotonic() + timeout
+        visit = (functools.partial(self._describe, items) if verbose
+                 else lambda entry, home: split_gecos(entry)[0])
+        logins, texts = read_logins(self.utmp, ()), {}
+        for name in dict.fromkeys(login.name for login in logins):
+            seconds_left(deadline)
+            texts[name] = self._visit(self._account(name), visit)
+        logins = [login for login in logins if texts[login.name] is not None]
+        if not logins:
             return "No one logged on.\n"
-        # rogallo makes a menu of a table with this first line.
-        rows = [("Login", "Name", "Login Time"), *sorted(rows)]
-        widths = [max(map(len, column)) + 2 for column in zip(*rows)]
-        return "".join(f"{login:{widths[0]}}{name:{widths[1]}}{since}\n"
-                       for login, name, since in rows)
+        if verbose:
+            return "\n".join(filter(None, texts.values()))
+        return spell_table((login.name, texts[login.name], time.strftime(
+            "%b %e %R", time.localtime(login.since))) for login in logins)
 
     def _items(self, client):
         """Give what is shown to a client."""
@@ -1476,6 +1491,8 @@ class AccountsBackend:
 
     def _visit(self, entry, visit):
         """Give visit(entry, home's descriptor); None if the user is hidden."""
+        if not entry:
+            return None
         try:
             with open_folder(entry.pw_dir) as home:
                 with contextlib.suppress(FileNotFoundError):

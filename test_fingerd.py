@@ -6737,6 +6737,9 @@ class FilesBackendTest(BackendCase):
             with self.subTest(name):
                 self.assertIsNone(self.ask(backend, name))
         self.assertEqual(self.ask(backend, "alice"), "")
+        nowhere = self.make(FilesBackend, directory="/nowhere")
+        for name in (".hidden", "alice.txt", "sub/file"):   # opens nothing
+            self.assertIsNone(self.ask(nowhere, name))
 
     def test_a_changed_file_is_seen_by_the_next_query(self):
         backend = self.make_files({"alice": "old"})
@@ -7593,9 +7596,13 @@ class AccountsBackendTest(BackendCase):
         self.assertEqual(self.plan(backend), "")
         write_file(self.folder, "lastlog", b"torn")
         self.assertEqual(self.plan(backend), "Never logged in.\n")
+        mail = self.system.make(self, show="mail")
+        self.assertEqual(self.plan(mail), "No mail.\n")
+        os.mkdir(os.path.join(self.folder, "mail"), 0)
         os.chmod(os.path.join(self.folder, "lastlog"), 0)
         with as_nobody():
             self.assertEqual(self.plan(backend), "")
+            self.assertEqual(self.plan(mail), "")
 
     def test_lists_who_is_logged_in_and_not_hidden(self):
         backend = self.system.make(self, show="login")
@@ -7621,6 +7628,22 @@ class AccountsBackendTest(BackendCase):
              for text, since in (("alice %b %e %R", NOW),
                                  ("bob Bob Builder %b %e %R", DAY),
                                  ("bob Bob Builder %b %e %R", NOW))])
+
+    def test_a_verbose_list_has_all_that_is_shown_of_each(self):
+        self.make_hidden()
+        self.system.add("bob", "Bob Builder", plan="Build")
+        self.system.log_in(
+            ("bob", "tty1", "", NOW), ("file", "tty2", "", NOW),
+            ("alice", "tty3", "", NOW), ("bob", "tty4", "", DAY))
+        backend = self.system.make(self, show="login plan")
+        self.assertEqual(
+            backend.user_list(True, CLIENT, HANG), "\n".join(
+                self.ask(backend, name) for name in ("bob", "alice")))
+        self.assert_fails("timed out", backend.user_list, True, CLIENT, 0,
+                          kind=TimeoutError)
+        self.system.log_in(("file", "tty2", "", NOW))
+        self.assertEqual(backend.user_list(True, CLIENT, HANG),
+                         "No one logged on.\n")
 
     # Full names.
 
@@ -7775,11 +7798,11 @@ class RealFingerTest(BackendCase):
             os.utime(path, (NOW - idle, NOW - idle))
             os.chmod(path, mode)
 
-    def finger(self, name):
+    def finger(self, *words):
         chroot: Any = shutil.which("chroot", path="/usr/sbin:/usr/bin")
         program: Any = shutil.which("finger")
         return subprocess.run(
-            [chroot, self.root, program, "-l", "--", name],
+            [chroot, self.root, program, *words],
             stdin=subprocess.DEVNULL, capture_output=True, timeout=HANG,
             env={"TZ": self.TZ, "LC_ALL": "C"}).stdout
 
@@ -7797,8 +7820,9 @@ class RealFingerTest(BackendCase):
             os.setuid(int(nobody))
             backend = fingerd_backends.AccountsBackend(
                 json.loads(options), print)
-            print(json.dumps([backend.lookup(name, False, "", 10)
-                              for name in names]))
+            print(json.dumps([*(backend.lookup(name, False, "", 10)
+                                for name in names),
+                              backend.user_list(True, "", 10)]))
             """, self.root, json.dumps(options), "65534", *self.PEOPLE))
 
     @needs_root
@@ -7807,9 +7831,13 @@ class RealFingerTest(BackendCase):
         def seconds(text):      # they pass while we ask
             return re.sub(rb"\d+ seconds", b"N seconds", text)
         answers = self.answers(show=ALL_ITEMS)
-        for name, answer in zip(self.PEOPLE, answers):
-            text = self.finger(name).replace(b"\n", b"\r\n")
-            with self.subTest(name):
+        people = [[name] for name in self.PEOPLE]
+        for names, answer in zip([*people, []], answers):
+            text = self.finger("-l", *names).replace(b"\n", b"\r\n")
+            with self.subTest(names):
+                if names:       # /W changes nothing
+                    self.assertEqual(seconds(self.finger(*names)),
+                                     seconds(self.finger("-l", *names)))
                 self.assertIn(b"Name: ", text)
                 self.assertEqual(seconds(fingerd.to_wire(answer)),
                                  seconds(text))
