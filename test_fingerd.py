@@ -1242,6 +1242,38 @@ class ExampleTest(unittest.TestCase):
                 ran += 1
         self.assertEqual(ran, 3)
 
+    def recipe(self, name):
+        """Give a config of the README, the one after a word or two."""
+        text = (HERE / "README").read_text().split(f"\n{name}.  ", 1)[1]
+        return textwrap.dedent(text.split(":\n\n", 1)[1].split("\n\n")[0])
+
+    def test_the_decoy_of_the_readme_knows_nobody_and_logs_it(self):
+        with serving(self.recipe("A decoy")) as server:
+            for name in ("root", "admin"):
+                self.assertEqual(server.ask(name.encode() + b"\r\n"), UNKNOWN)
+                server.wait_log(f'q="{name}" outcome=unknown')
+            self.assertEqual(server.ask(b"\r\n"),
+                             b"Finger online user list denied\r\n")
+
+    def test_the_tilde_server_of_the_readme_answers_from_each_backend(self):
+        with tempfile.TemporaryDirectory() as folder:
+            write_file(folder, "news.txt", "None\n")
+            script = write_file(folder, "weather", "#!/bin/sh\necho $1\n")
+            os.chmod(script, 0o755)
+            text = self.recipe("A tilde server").replace(
+                "/srv/finger", folder).replace(
+                "/usr/local/bin/weather", script)
+            with serving(text) as server:
+                for line, reply in (
+                        ("help", b"Try a name, sysops, or weather:oslo.\r\n"),
+                        ("NEWS", b"None\r\n"), ("root", UNKNOWN),
+                        ("sysops", UNKNOWN + b"\r\n" + UNKNOWN),
+                        ("weather:oslo", b"weather:oslo\r\n"),
+                        ("weather:-l", UNKNOWN)):
+                    with self.subTest(line):
+                        self.assertEqual(server.ask(line.encode() + b"\r\n"),
+                                         reply)
+
 
 # ---- Log ------------------------------------------------------------------
 
