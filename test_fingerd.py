@@ -4519,20 +4519,22 @@ class CommandLineTest(unittest.TestCase):
                         f'fingerd: 1 error in {path}, not started\n'))
 
     def test_check_warns_of_settings_that_do_nothing(self):
-        with config_file("[server]\nlisten = localhost:79\n[limits]\n"
-                         "max_clients_per_host = 9\nqueries_per_minute = 9\n"
+        with config_file("[server]\nlisten = localhost:79\nstats = x\n[limits]"
+                         "\nmax_clients_per_host = 9\nqueries_per_minute = 9\n"
                          "[web]\n") as path:
-            web = (f"fingerd: {path}:6: [web]: is not used; add web to"
+            web = (f"fingerd: {path}:7: [web]: is not used; add web to"
                    " backend, or remove the section\n")
-            limits = "".join(
-                f"fingerd: {path}:{line}: {name}: does nothing under inetd;"
-                " set limits in inetd\n" for line, name in [
-                    (4, "max_clients_per_host"), (5, "queries_per_minute")])
+            inetd = "".join(f"fingerd: {path}:{text}\n" for text in [
+                "3: stats: is not written under inetd; remove it",
+                "5: max_clients_per_host: does nothing under inetd; set"
+                " limits in inetd",
+                "6: queries_per_minute: does nothing under inetd; set limits"
+                " in inetd"])
             sockets = ("listen: is not used with systemd's sockets; remove"
                        " it\n")
             for args, pid, number, warnings in [
                     ([], 0, 1, web), ([], 1, 1, web), ([], None, 0, web),
-                    ([], None, "x", web), (["--inetd"], 0, 0, web + limits),
+                    ([], None, "x", web), (["--inetd"], 0, 0, web + inetd),
                     ([], None, 1, web + f"fingerd: {path}:2: {sockets}"),
                     (["--listen", "localhost:80"], None, 1,
                      web + f"fingerd: --{sockets}")]:
