@@ -27,6 +27,7 @@ Sections, from the protocol outward to the operating system:
     Pidfile       the file, its lock, and the daemon that holds it
     Privileges    users and groups, and what root may open
     Process       signals, reload, the order of the start
+    Actions       what the options ask for
     Command line  options and exit statuses
 """
 
@@ -3374,85 +3375,10 @@ class Daemon:
             lookups=server.lookups.threads.total, **server.outcomes)
 
 
-# ---- Command line ---------------------------------------------------------
+# ---- Actions --------------------------------------------------------------
 
 DEFAULT_TIMEOUT = 60.0          # seconds, if the config has errors
 STOP_WAIT = 5.0                 # seconds beyond the timeout, for --stop
-
-# Options with a value: flags, attribute, what the value is called, help.
-OPTIONS = (
-    (("--config",), "config", "FILE", "config; " + " or ".join(CONFIG_FILES)),
-    *((row.flags, row.name, "VALUE", row.help)
-      for row in SETTINGS if row.flags),
-    (("--query",), "query", "LINE", "print what a client would get"),
-    (("--from",), "address", "ADDRESS", "for --query: the client's address"),
-    (("--bundle",), "bundle", "FILE", "write one file with every backend"),
-)
-# Options without a value: flags, attribute, what it is set to, help.
-SWITCHES = (
-    (("-d", "--daemon"), "daemonize", "yes", "daemonize = yes"),
-    (("-n", "--nodaemon"), "daemonize", "no", "daemonize = no"),
-    (("--syslog",), "to", "syslog", "to = syslog"),
-    (("--check",), "check", True, "check the config: status 0 good, 2 bad"),
-    (("--status",), "status", True,
-     "report on the daemon: status 0 runs, 1 dead, 3 does not run, 4 unknown"),
-    (("--stop",), "stop", True, "stop the daemon, and wait until it ends"),
-    (("--reload",), "reload", True, "have the daemon reload its config"),
-    (("--inetd",), "inetd", True, "serve the connection on standard input"),
-    (("--version",), "version", True, "print the version"),
-    (("--help",), "help", True, "print this, and all settings"),
-)
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises its errors, which argparse would print, as ConfigError."""
-
-    def error(self, message: str) -> NoReturn:
-        text = re.sub("^argument ", "", message)
-        raise ConfigError(f"{text}; see --help")
-
-
-def make_parser() -> Parser:
-    parser = Parser(
-        usage="fingerd.py [OPTION]...", add_help=False, allow_abbrev=False,
-        description="Answer finger queries (RFC 1288) from a config file.")
-    for flags, name, value, text in OPTIONS:
-        parser.add_argument(*flags, dest=name, metavar=value, help=text)
-    for flags, name, const, text in SWITCHES:
-        parser.add_argument(*flags, dest=name, action="store_const",
-                            const=const, help=text)
-    return parser
-
-
-def parse_options(argv: list[str]) -> Any:
-    """Give what the options set, None for the others, or ConfigError."""
-    with_value = {flag for flags, *_ in OPTIONS for flag in flags}
-    words, joined = iter(argv), []
-    for word in words:      # only after a = may a value begin with -
-        value = next(words, None) if word in with_value else None
-        joined.append(word if value is None else f"{word}={value}")
-    args, rest = make_parser().parse_known_args(joined)
-    if rest:
-        raise ConfigError(f'"{rest[0]}" is not an option; see --help')
-    for name, value in vars(args).items():
-        if value == []:     # argparse before 3.13 drops the value --
-            setattr(args, name, "--")
-    return args
-
-
-def settings_text() -> str:
-    """List all settings with their defaults, section by section."""
-    rows = [*SETTINGS, Setting("users", "NAME", "text", "TEXT",
-                               "a user, and the text about that user")]
-    for name, cls in load_backends()[0].items():
-        rows += [Setting(name, *row) for row in cls.settings or ()]
-    lines = ["settings of the config file, and their defaults:"]
-    for row in rows:
-        if f"[{row.section}]" not in lines:
-            lines += ["", f"[{row.section}]"]
-        lines += [f"  {row.name} = {row.default}".rstrip(),
-                  f"        {row.help}"]
-    return "\n".join(lines)
 
 
 def find_config(path: str | None) -> str:
@@ -3470,6 +3396,52 @@ def find_config(path: str | None) -> str:
     raise ConfigError(f"neither {' nor '.join(CONFIG_FILES)} exists; copy"
                       " fingerd.conf.example to one of them, or name a file"
                       " with --config")
+
+
+def check_and_start(args: Any, log: Log, reader: Callable[..., Any]) -> None:
+    """Print warnings and start the daemon; with --check, do not start it."""
+    path = find_config(args.config)
+    config = reader(path)
+    for warning in [*config.warnings, *find_useless(config, args.inetd),
+                    lost_log(config), unreadable_config(config)]:
+        if warning:
+            complain(warning, "warning")
+    if args.check:
+        say(to_wire(f"{path} is good").replace(b"\r", b""))
+        return
+    close_inherited()
+    Daemon(config, log, reader).start_and_serve()
+
+
+def find_useless(config: Any, inetd: bool) -> Iterator[str]:
+    """Warn of settings that do nothing when it is started this way."""
+    useless = {}
+    if count_passed():
+        useless["listen"] = "is not used with systemd's sockets; remove it"
+    if inetd:
+        for name in ("max_clients_per_host", "queries_per_minute"):
+            useless[name] = "does nothing under inetd; set limits in inetd"
+        useless["stats"] = "is not written under inetd; remove it"
+    for name, line in config.lines.items():
+        if name in useless:
+            where = f"{config.path}:{line}: " if line else "--"
+            yield f"{where}{name}: {useless[name]}"
+
+
+def close_inherited() -> None:
+    """Close descriptors that a careless parent has left open for us.
+
+    What this process has opened itself is not inheritable (PEP 446).
+    """
+    try:
+        found = [int(name) for name in os.listdir("/dev/fd")]
+    except OSError:             # it is not there: try the usual ones
+        found = list(range(1024))
+    first = 3 + count_passed()
+    for fd in found:
+        with contextlib.suppress(OSError):
+            if fd >= first and os.get_inheritable(fd):
+                os.close(fd)
 
 
 def print_reply(args: Any, log: Log, reader: Callable[..., Any]) -> int:
@@ -3669,6 +3641,94 @@ def write_bundle(path: str) -> None:
                          ) from None
 
 
+# ---- Command line ---------------------------------------------------------
+
+# Options with a value: flags, attribute, what the value is called, help.
+OPTIONS = (
+    (("--config",), "config", "FILE", "config; " + " or ".join(CONFIG_FILES)),
+    *((row.flags, row.name, "VALUE", row.help)
+      for row in SETTINGS if row.flags),
+    (("--query",), "query", "LINE", "print what a client would get"),
+    (("--from",), "address", "ADDRESS", "for --query: the client's address"),
+    (("--bundle",), "bundle", "FILE", "write one file with every backend"),
+)
+# Options without a value: flags, attribute, what it is set to, help.
+SWITCHES = (
+    (("-d", "--daemon"), "daemonize", "yes", "daemonize = yes"),
+    (("-n", "--nodaemon"), "daemonize", "no", "daemonize = no"),
+    (("--syslog",), "to", "syslog", "to = syslog"),
+    (("--check",), "check", True, "check the config: status 0 good, 2 bad"),
+    (("--status",), "status", True,
+     "report on the daemon: status 0 runs, 1 dead, 3 does not run, 4 unknown"),
+    (("--stop",), "stop", True, "stop the daemon, and wait until it ends"),
+    (("--reload",), "reload", True, "have the daemon reload its config"),
+    (("--inetd",), "inetd", True, "serve the connection on standard input"),
+    (("--version",), "version", True, "print the version"),
+    (("--help",), "help", True, "print this, and all settings"),
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises its errors, which argparse would print, as ConfigError."""
+
+    def error(self, message: str) -> NoReturn:
+        text = re.sub("^argument ", "", message)
+        raise ConfigError(f"{text}; see --help")
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        usage="fingerd.py [OPTION]...", add_help=False, allow_abbrev=False,
+        description="Answer finger queries (RFC 1288) from a config file.")
+    for flags, name, value, text in OPTIONS:
+        parser.add_argument(*flags, dest=name, metavar=value, help=text)
+    for flags, name, const, text in SWITCHES:
+        parser.add_argument(*flags, dest=name, action="store_const",
+                            const=const, help=text)
+    return parser
+
+
+def parse_options(argv: list[str]) -> Any:
+    """Give what the options set, None for the others, or ConfigError."""
+    with_value = {flag for flags, *_ in OPTIONS for flag in flags}
+    words, joined = iter(argv), []
+    for word in words:      # only after a = may a value begin with -
+        value = next(words, None) if word in with_value else None
+        joined.append(word if value is None else f"{word}={value}")
+    args, rest = make_parser().parse_known_args(joined)
+    if rest:
+        raise ConfigError(f'"{rest[0]}" is not an option; see --help')
+    for name, value in vars(args).items():
+        if value == []:     # argparse before 3.13 drops the value --
+            setattr(args, name, "--")
+    return args
+
+
+def settings_text() -> str:
+    """List all settings with their defaults, section by section."""
+    rows = [*SETTINGS, Setting("users", "NAME", "text", "TEXT",
+                               "a user, and the text about that user")]
+    for name, cls in load_backends()[0].items():
+        rows += [Setting(name, *row) for row in cls.settings or ()]
+    lines = ["settings of the config file, and their defaults:"]
+    for row in rows:
+        if f"[{row.section}]" not in lines:
+            lines += ["", f"[{row.section}]"]
+        lines += [f"  {row.name} = {row.default}".rstrip(),
+                  f"        {row.help}"]
+    return "\n".join(lines)
+
+
+def make_reader(args: Any, log: Log) -> Callable[..., Any]:
+    """Make a reader of configs that the options override."""
+    def report(backend: str, text: str, level: str = "warning") -> None:
+        log.event(level, "backend", name=backend, text=text)
+
+    overrides = {row.name: getattr(args, row.name) for row in SETTINGS
+                 if getattr(args, row.name, None) is not None}
+    return functools.partial(read_config, report=report, overrides=overrides)
+
+
 def carry_out(args: Any, log: Log) -> int:
     """Do what the options say; give the exit status."""
     if args.address is not None and args.query is None:
@@ -3689,62 +3749,6 @@ def carry_out(args: Any, log: Log) -> int:
     else:
         check_and_start(args, log, reader)
     return 0
-
-
-def make_reader(args: Any, log: Log) -> Callable[..., Any]:
-    """Make a reader of configs that the options override."""
-    def report(backend: str, text: str, level: str = "warning") -> None:
-        log.event(level, "backend", name=backend, text=text)
-
-    overrides = {row.name: getattr(args, row.name) for row in SETTINGS
-                 if getattr(args, row.name, None) is not None}
-    return functools.partial(read_config, report=report, overrides=overrides)
-
-
-def check_and_start(args: Any, log: Log, reader: Callable[..., Any]) -> None:
-    """Print warnings and start the daemon; with --check, do not start it."""
-    path = find_config(args.config)
-    config = reader(path)
-    for warning in [*config.warnings, *find_useless(config, args.inetd),
-                    lost_log(config), unreadable_config(config)]:
-        if warning:
-            complain(warning, "warning")
-    if args.check:
-        say(to_wire(f"{path} is good").replace(b"\r", b""))
-        return
-    close_inherited()
-    Daemon(config, log, reader).start_and_serve()
-
-
-def find_useless(config: Any, inetd: bool) -> Iterator[str]:
-    """Warn of settings that do nothing when it is started this way."""
-    useless = {}
-    if count_passed():
-        useless["listen"] = "is not used with systemd's sockets; remove it"
-    if inetd:
-        for name in ("max_clients_per_host", "queries_per_minute"):
-            useless[name] = "does nothing under inetd; set limits in inetd"
-        useless["stats"] = "is not written under inetd; remove it"
-    for name, line in config.lines.items():
-        if name in useless:
-            where = f"{config.path}:{line}: " if line else "--"
-            yield f"{where}{name}: {useless[name]}"
-
-
-def close_inherited() -> None:
-    """Close descriptors that a careless parent has left open for us.
-
-    What this process has opened itself is not inheritable (PEP 446).
-    """
-    try:
-        found = [int(name) for name in os.listdir("/dev/fd")]
-    except OSError:             # it is not there: try the usual ones
-        found = list(range(1024))
-    first = 3 + count_passed()
-    for fd in found:
-        with contextlib.suppress(OSError):
-            if fd >= first and os.get_inheritable(fd):
-                os.close(fd)
 
 
 def say(data: bytes) -> None:
