@@ -2558,6 +2558,7 @@ def poll_timeout(seconds):
 
 SPARE_DESCRIPTORS = 32          # log, listeners, selector, Python's own
 LOOKUP_DESCRIPTORS = 7          # a thread's socket, or pipes of its process
+ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 LISTEN_HINTS = {
     errno.EACCES: "; start as root, or use a port above 1023",
     errno.EADDRINUSE: "; stop the program that is there, or use another port",
@@ -2570,6 +2571,15 @@ class StartError(Exception):
 
 class AbsentAddress(StartError):
     """This system does not have an address, or its family."""
+
+
+@contextlib.contextmanager
+def attempt(what: str) -> Iterator[None]:
+    """Make a StartError of an OSError: "cannot", what, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise StartError(f"cannot {what}: {reason(error)}") from None
 
 
 class Listener(socket.socket):
@@ -2591,52 +2601,43 @@ def address_text(address: tuple[Any, ...]) -> str:
 
 
 def open_listeners(names: Iterable[tuple[str, int]]) -> list[socket.socket]:
-    """Listen on the addresses of all names, or raise StartError."""
-    listeners: list[socket.socket] = []
-    try:
-        for host, port in names:
-            listen_on(host, port, listeners)
-    except StartError:
-        for listener in listeners:
-            listener.close()
-        raise
-    return listeners
+    """Listen on each address of these names, or raise StartError.
 
-
-def listen_on(host: str, port: int, listeners: list[socket.socket]) -> None:
-    """Add a listener for each address of a name that has none yet.
-
-    Absent addresses are skipped, as long as there is another.
+    Absent addresses are passed over as long as a name has another.
     """
-    absent: AbsentAddress | None = None
-    present = False
-    for family, (name, _, *scope) in find_addresses(host, port):
-        address = (name, port, *scope)
-        if address not in [each.getsockname() for each in listeners]:
-            try:
-                listeners.append(open_listener(family, address))
-            except AbsentAddress as error:
-                absent = error
-                continue
-            port = listeners[-1].getsockname()[1]   # one port for all
-        present = True
-    if absent and not present:
-        raise absent
+    listeners: list[socket.socket] = []
+    with contextlib.ExitStack() as opened:      # closes them if one fails
+        for name in names:
+            host, port = name
+            found = find_addresses(host, port)
+            absent = []
+            for family, (number, _, *scope) in found:
+                address = (number, port, *scope)
+                if address in [each.getsockname() for each in listeners]:
+                    continue
+                try:
+                    listener = open_listener(family, address)
+                except AbsentAddress as error:
+                    absent.append(error)
+                    continue
+                listeners.append(opened.enter_context(listener))
+                port = listener.getsockname()[1]    # one for all of a name
+            if len(absent) == len(found):
+                raise absent[0]
+        opened.pop_all()
+    return listeners
 
 
 def find_addresses(host: str, port: int) -> list[tuple[int, Any]]:
     """Give the families and addresses of a host; of all for *."""
-    try:
-        infos = socket.getaddrinfo(None if host == "*" else host, port,
-                                   type=socket.SOCK_STREAM,
-                                   flags=socket.AI_PASSIVE)
-    except UnicodeError:
-        why = "not a host name"
-    except OSError as error:
-        why = reason(error)
-    else:
+    with attempt(f"listen on {address_text((host, port))}"):
+        try:
+            infos = socket.getaddrinfo(None if host == "*" else host, port,
+                                       type=socket.SOCK_STREAM,
+                                       flags=socket.AI_PASSIVE)
+        except UnicodeError:
+            raise OSError("not a host name") from None
         return [(info[0], info[4]) for info in infos]
-    raise StartError(f"cannot listen on {address_text((host, port))}: {why}")
 
 
 def open_listener(family: int, address: tuple[Any, ...]) -> Listener:
@@ -2645,14 +2646,18 @@ def open_listener(family: int, address: tuple[Any, ...]) -> Listener:
         sock = socket.create_server(address, family=family, backlog=BACKLOG)
     except OSError as error:
         number = error.errno or 0       # its text names the address again
-        absent = number in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-        raise (AbsentAddress if absent else StartError)(
+        raise (AbsentAddress if number in ABSENT else StartError)(
             f"cannot listen on {address_text(address)}:"
             f" {os.strerror(number).lower()}"
             + LISTEN_HINTS.get(number, "")) from None
     listener = Listener(fileno=sock.detach())
     listener.setblocking(False)
     return listener
+
+
+def passed_listeners() -> list[socket.socket]:
+    """Take the sockets that systemd has opened."""
+    return [passed_listener(fd) for fd in range(3, 3 + count_passed())]
 
 
 def count_passed() -> int:
@@ -2664,31 +2669,18 @@ def count_passed() -> int:
     return int(number)
 
 
-def passed_listeners() -> list[socket.socket]:
-    """Take the sockets that systemd has opened."""
-    passed = range(3, 3 + count_passed())
-    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
-        os.environ.pop(name, None)
-    return [passed_listener(fd) for fd in passed]
-
-
 def passed_listener(fd: int) -> Listener:
-    try:
+    with contextlib.suppress(OSError):      # it is not a socket
         listener = Listener(fileno=fd)
-        listening = listener.getsockopt(socket.SOL_SOCKET,
-                                        socket.SO_ACCEPTCONN)
-    except OSError as error:
-        raise StartError(f"LISTEN_FDS: descriptor {fd} is not a socket:"
-                         f" {reason(error)}") from None
-    if not listening or listener.family not in (socket.AF_INET,
-                                                socket.AF_INET6):
+        if listener.family in (socket.AF_INET, socket.AF_INET6) and (
+                listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
+            listener.set_inheritable(False)
+            listener.setblocking(False)
+            listener.passed = True
+            return listener
         listener.close()
-        raise StartError(f"LISTEN_FDS: descriptor {fd} is not a listening"
-                         " TCP socket; write ListenStream=79")
-    listener.set_inheritable(False)
-    listener.passed = True
-    listener.setblocking(False)
-    return listener
+    raise StartError(f"LISTEN_FDS: descriptor {fd} is not a listening TCP"
+                     " socket; write ListenStream=79")
 
 
 def fit_max_clients(config: Any, log: Log) -> None:

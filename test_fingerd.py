@@ -3021,6 +3021,22 @@ class ProcessTest(unittest.TestCase):
             with self.assertRaisesRegex(fingerd.StartError, "192.0.2.1:0"):
                 fingerd.open_listeners([("name", 0)])
 
+    def test_closes_what_it_listens_on_when_the_next_cannot_be(self):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            with self.assertRaises(fingerd.StartError):
+                fingerd.open_listeners([("127.0.0.1", 0), ("192.0.2.1", 0)])
+        self.assertEqual(said, [])      # no ResourceWarning
+
+    @needs_more_addresses
+    def test_listens_on_one_port_for_all_addresses_of_a_name(self):
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 0))
+                 for host in ("127.0.0.1", "127.0.0.2")]
+        with mock.patch("socket.getaddrinfo", return_value=found):
+            one, two = fingerd.open_listeners([("name", 0)])
+        with one, two:
+            self.assertEqual(one.getsockname()[1], two.getsockname()[1])
+
     def test_says_on_the_terminal_why_it_cannot_start(self):
         with installed() as program, socket.create_server(
                 ("127.0.0.1", 0)) as busy:
@@ -4257,16 +4273,17 @@ class ServiceManagerTest(unittest.TestCase):
             os.dup2(passed, 3)
             os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
 
-        with socket.socket() as sock, open(os.devnull) as null:
-            for file, message in [
-                    (null, "a socket: socket operation on non-socket"),
-                    (sock, "a listening TCP socket; write ListenStream=79")]:
+        with socket.socket() as tcp, open(os.devnull) as null, \
+                socket.socket(socket.AF_UNIX) as unix:
+            unix.bind("")
+            unix.listen()
+            for file in (null, tcp, unix):
                 passed = file.fileno()
                 self.assertEqual(
                     run_fingerd("--config", str(EXAMPLE), keep=[3],
                                 preexec_fn=pass_it),
-                    (1, "", "fingerd: LISTEN_FDS: descriptor 3 is not"
-                            f" {message}\n"))
+                    (1, "", "fingerd: LISTEN_FDS: descriptor 3 is not a"
+                            " listening TCP socket; write ListenStream=79\n"))
 
     @contextlib.contextmanager
     def in_the_journal(self, text=USERS):
