@@ -3517,19 +3517,17 @@ def reload_daemon(path: str, config: Any, errors: str) -> int:
     """Have the daemon reload; give 1 if that fails, as far as we know."""
     if errors:
         complain(errors)
-    pid, _ = find_daemon(path)
+    pid = signal_daemon(path, signal.SIGHUP)
     if pid and not errors:
         errors = unreadable_config(config, process_ids(pid))
         if errors:
             complain(errors)
-    send_signal(pid, signal.SIGHUP)
     return 1 if errors or not pid else 0
 
 
 def stop_daemon(path: str, timeout: float) -> None:
     """Stop the daemon, and wait until nobody, or another, has its pidfile."""
-    pid, _ = find_daemon(path)
-    send_signal(pid, signal.SIGTERM)
+    pid = signal_daemon(path, signal.SIGTERM)
     until = time.monotonic() + timeout + STOP_WAIT
     while pid and find_daemon(path)[0] == pid:
         if time.monotonic() > until:
@@ -3538,16 +3536,18 @@ def stop_daemon(path: str, timeout: float) -> None:
         time.sleep(0.02)
 
 
-def send_signal(pid: int, number: int) -> None:
-    """Signal the daemon, or say that it does not run (pid 0)."""
+def signal_daemon(path: str, number: int) -> int:
+    """Signal the daemon; give its pid, or say that none runs and give 0."""
+    pid, _ = find_daemon(path)
     if not pid:
         say(b"fingerd is not running\n")
-        return
+        return 0
     try:
         os.kill(pid, number)
     except OSError as error:
         raise StartError(f"cannot signal pid {pid}:"
                          f" {reason(error)}") from None
+    return pid
 
 
 def serve_inetd(args: Any, log: Log, reader: Callable[..., Any]) -> None:
