@@ -785,9 +785,7 @@ class Picky:
         raise ValueError(f"shape: does not fit into {path}; cut it")
 
 
-class SettingsTest(unittest.TestCase):
-    maxDiff = None
-
+class SettingsTest(Case):
     def errors(self, text, overrides=None):
         """Give the messages about a config, without the path in front."""
         with config_file(text) as path:
@@ -795,6 +793,18 @@ class SettingsTest(unittest.TestCase):
                 fingerd.read_config(path, print, overrides)
             self.bad_config = caught.exception.config
             return str(caught.exception).replace(path, "FILE").split("\n")
+
+    def check_errors(self, *rows, overrides=None, options=()):
+        """Check a config of (line, error...), and the errors of options."""
+        wanted = [*options, *(
+            f"FILE:{number}: {error}" for number, (_, *errors)
+            in enumerate(rows, 1) for error in errors)]
+        place = "in FILE" if len(wanted) > len(options) else (
+            "on the command line")
+        self.assertEqual(
+            self.errors("".join(row[0] + "\n" for row in rows), overrides),
+            [*wanted, f"{len(wanted)} error{'s' * (len(wanted) > 1)} {place},"
+             " not started"])
 
     def warnings(self, text):
         with config_file(text) as path:
@@ -810,71 +820,6 @@ class SettingsTest(unittest.TestCase):
         self.assertIs(config.server.user_list, False)
         self.assertEqual([name for name, _ in config.backends], ["users"])
         self.assertEqual(config.warnings, [])
-
-    def test_reports_each_error_with_its_line_and_a_way_out(self):
-        user = ('"fingerd-79" is not a user of this system; create it (adduser'
-                " --system fingerd-79), or leave user empty for nobody")
-        address = ("is not host:port or [v6 address]:port; write e.g.")
-        long_sections = (
-            "no such section; there are [server], [limits], [daemon], [log],"
-            " [aliases], [users], [remote], [accounts], [files], [finger],"
-            " [sql], [web]")
-        no_query = ("no query can match this name; write it without spaces"
-                    " and @")
-        for text, overrides, *errors in [
-                # Never is the advice to be root.
-                ("[daemon]\nuser = fingerd-79\n", {}, f"FILE:2: user: {user}"),
-                ("", {"user": "fingerd-79"}, f"--user: {user}"),
-                ("", {"listen": "here", "to": ""},
-                 f'--listen: "here" {address} --listen localhost:1079',
-                 '--logfile: "" is not stderr, syslog or a path; write e.g.'
-                 " --logfile stderr"),
-                # What the command line overrides is checked, too.
-                ("[daemon]\numask = 9\n", {"umask": "022"},
-                 'FILE:2: umask: "9" is not an octal mask; write e.g. umask ='
-                 " 027"),
-                ("[limits]\ntimeout = 10 ; seconds\n", {},
-                 'FILE:2: timeout: "10 ; seconds" is not a number of seconds;'
-                 " write e.g. timeout = 10"),
-                (b"[users]\na = \xe9\n", {}, "FILE:2: is not UTF-8; convert"
-                 " the file, e.g. with iconv -f latin1 -t utf-8"),
-                *((f"[limits]\n\n#\n{space}x = y\n", {},
-                   "FILE:4: indented line outside a text value; write it"
-                   " without spaces in front")
-                  for space in (" ", "\t", "\x0c", "\xa0", "\u2003")),
-                # A guess at what an unknown name means.
-                ("[server]\nbackend = user\n", {}, 'FILE:2: backend: "user"'
-                 " is not a backend; did you mean users?"),
-                ("[server]\nbackend = users log\n", {}, 'FILE:2: backend:'
-                 ' "log" is not a backend; there are users, remote, accounts,'
-                 " files, finger, sql, web"),
-                *((f"[{name}]\n", {}, f"FILE:1: [{name}]: no such section; did"
-                   f" you mean [{meant}]?") for name, meant in [
-                       ("user", "users"), ("webb", "web"),
-                       ("limit", "limits")]),
-                *((f"[{name}]\n", {}, f"FILE:1: [{name}]: {long_sections}")
-                  for name in ("DEFAULT", "")),
-                # In a section that is there twice.
-                ("[limits]\ntimeout = 1\n[limits]\ntimeout = x\n"
-                 "max_query = 1\n", {},
-                 "FILE:3: [limits]: already on line 1; write it once",
-                 "FILE:4: timeout: already on line 2; write it once",
-                 'FILE:5: max_query: "1" is not between 16 and 1000000000;'
-                 " write e.g. max_query = 512"),
-                ("[users]\nal ice = x\nal@ice = x\nalice = 1\nAlice = 2\n"
-                 "/W = 3\na\x1bb = 4\n", {},
-                 f"FILE:2: al ice: {no_query}", f"FILE:3: al@ice: {no_query}",
-                 "FILE:5: Alice: already on line 4; write it once",
-                 f"FILE:6: /W: {no_query}", f"FILE:7: a\x1bb: {no_query}")]:
-            with self.subTest(text=text, overrides=overrides):
-                count = f"{len(errors)} error" + "s" * (len(errors) > 1)
-                place = "in FILE" if text else "on the command line"
-                said = self.errors(text, overrides)
-                if "UTF-8" in said[0]:      # nothing is known of the rest
-                    self.assertEqual(said, errors)
-                else:
-                    self.assertEqual(
-                        said, [*errors, f"{count} {place}, not started"])
 
     def test_converts_values(self):
         for kind, values in {
@@ -968,68 +913,82 @@ class SettingsTest(unittest.TestCase):
                     list(map(str, fingerd.KINDS["networks"](text))), [meant])
 
     def test_reports_all_errors_in_line_order_with_their_count(self):
-        self.assertEqual(self.errors("""  first
-stray = 1
-[server]
-  under a header
-listen = nowhere
-# between
-  indented = 1
-user_list = perhaps
-bakend = users
-[limits]
-timeout = ten
-timeout = 5
-max_client = 5
- what = this
-nonsense
-= nothing
-[server]
-[serve]
-[broken
-[limits]
-max_query = 1
-""", {"umask": "9"}), [
-            '--umask: "9" is not an octal mask; write e.g. --umask 027',
-            "FILE:1: indented line outside a text value; write it without"
-            " spaces in front",
-            "FILE:2: stray: outside any section; write its [section] above"
-            " it",
-            "FILE:4: indented line outside a text value; write it without"
-            " spaces in front",
-            'FILE:5: listen: "nowhere" is not host:port or [v6 address]:port;'
-            ' write e.g. listen = localhost:1079',
-            "FILE:7: indented line outside a text value; write it without"
-            " spaces in front",
-            'FILE:8: user_list: "perhaps" is not one of yes, true, on, 1, no,'
-            ' false, off, 0; write e.g. user_list = no',
-            "FILE:9: bakend: no such setting; did you mean backend?",
-            'FILE:11: timeout: "ten" is not a number of seconds; write e.g.'
-            ' timeout = 10',
-            "FILE:12: timeout: already on line 11; write it once",
-            "FILE:13: max_client: no such setting; did you mean max_clients?",
-            'FILE:15: "nonsense" is neither a section nor a setting; write'
-            ' [section] or name = value',
-            'FILE:16: "= nothing" is neither a section nor a setting; write'
-            ' [section] or name = value',
-            "FILE:17: [server]: already on line 3; write it once",
-            "FILE:18: [serve]: no such section; did you mean [server]?",
-            'FILE:19: "[broken" is neither a section nor a setting; write'
-            ' [section] or name = value',
-            "FILE:20: [limits]: already on line 10; write it once",
-            'FILE:21: max_query: "1" is not between 16 and 1000000000; write'
-            ' e.g. max_query = 512',
-            "18 errors in FILE, not started"])
+        indented = ("indented line outside a text value; write it without"
+                    " spaces in front")
+        neither = ("is neither a section nor a setting; write [section] or"
+                   " name = value")
+        self.check_errors(
+            ("  first", indented),
+            ("stray = 1", "stray: outside any section; write its [section]"
+                          " above it"),
+            ("[server]",),
+            ("  under a header", indented),
+            ("listen = nowhere", 'listen: "nowhere" is not host:port or [v6'
+             " address]:port; write e.g. listen = localhost:1079"),
+            ("# between",),
+            ("  indented = 1", indented),
+            ("user_list = perhaps", 'user_list: "perhaps" is not one of yes,'
+             " true, on, 1, no, false, off, 0; write e.g. user_list = no"),
+            ("bakend = users", "bakend: no such setting; did you mean"
+                               " backend?"),
+            ("[limits]",),
+            ("timeout = ten", 'timeout: "ten" is not a number of seconds;'
+                              " write e.g. timeout = 10"),
+            ("timeout = 5", "timeout: already on line 11; write it once"),
+            ("max_client = 5", "max_client: no such setting; did you mean"
+                               " max_clients?"),
+            (" what = this",),
+            ("nonsense", f'"nonsense" {neither}'),
+            ("= nothing", f'"= nothing" {neither}'),
+            ("[server]", "[server]: already on line 3; write it once"),
+            ("[serve]", "[serve]: no such section; did you mean [server]?"),
+            ("[broken", f'"[broken" {neither}'),
+            ("[limits]", "[limits]: already on line 10; write it once"),
+            ("timeout = x", "timeout: already on line 11; write it once"),
+            ("max_query = 1", 'max_query: "1" is not between 16 and'
+             " 1000000000; write e.g. max_query = 512"),
+            ("max_reply = 10 ; bytes", 'max_reply: "10 ; bytes" is not a size'
+             " in bytes; write e.g. max_reply = 64K"),
+            ("[daemon]",),
+            ("user = fingerd-79",   # never is the advice to be root
+             'user: "fingerd-79" is not a user of this system; create it'
+             " (adduser --system fingerd-79), or leave user empty for nobody"),
+            ("umask = 8",           # the command line overrides it
+             'umask: "8" is not an octal mask; write e.g. umask = 027'),
+            overrides={"umask": "9", "user": "who-79", "to": ""},
+            options=[
+                '--logfile: "" is not stderr, syslog or a path; write e.g.'
+                " --logfile stderr",
+                '--umask: "9" is not an octal mask; write e.g. --umask 027',
+                '--user: "who-79" is not a user of this system; create it'
+                " (adduser --system who-79), or leave user empty for nobody"])
+        self.check_errors(("",), overrides={"umask": "9"}, options=[
+            '--umask: "9" is not an octal mask; write e.g. --umask 027'])
+        for space in ("\t", "\x0c", "\xa0", "\u2003"):
+            self.check_errors(("[limits]",), ("",), ("#",),
+                              (f"{space}x = y", indented))
+        self.assertEqual(self.errors(b"[users]\na = \xe9\n"),
+                         ["FILE:2: is not UTF-8; convert the file, e.g. with"
+                          " iconv -f latin1 -t utf-8"])
 
-    def test_an_error_leaves_the_other_settings(self):
-        """A daemon can be found by the pidfile of a config with errors."""
-        self.errors("[daemon]\npidfile = /run/x\numask = 9\n[nonsense]\n")
-        self.assertEqual(self.bad_config.daemon.pidfile, "/run/x")
-        self.assertEqual(self.bad_config.daemon.umask, 0o027)
-        self.errors("[daemon]\npidfile = \x1b\n")
-        self.assertEqual(self.bad_config.daemon.pidfile, "")
-
-    def test_rejects_names_of_backends_that_a_log_could_not_hold(self):
+    def test_guesses_what_an_unknown_name_means(self):
+        there = ("there are [server], [limits], [daemon], [log], [aliases],"
+                 " [users], [remote], [accounts], [files], [finger], [sql],"
+                 " [web]")
+        for name, guess in [
+                ("user", "did you mean [users]?"), ("DEFAULT", there),
+                ("webb", "did you mean [web]?"), ("", there),
+                ("limit", "did you mean [limits]?")]:
+            self.check_errors(
+                (f"[{name}]", f"[{name}]: no such section; {guess}"))
+        for name, guess in [
+                ("user", "did you mean users?"),
+                ("log", "there are users, remote, accounts, files, finger,"
+                        " sql, web")]:
+            self.check_errors(("[server]",), (
+                f"backend = users {name}",
+                f'backend: "{name}" is not a backend; {guess}'))
+        # Names that a log could not hold.
         for name in ("finger:st\u00e4ff", 'web:"x', "web:", "Web"):
             with self.subTest(name=name):
                 self.assertRegex(
@@ -1039,54 +998,57 @@ max_query = 1
                     self.errors(f"[{name}]\n")[0],
                     f"^FILE:1: \\[{name}]: no such section; did you mean")
 
-    def test_reports_all_that_backends_say_where_it_belongs(self):
-        with mock.patch.dict(fingerd.BACKENDS, picky=Picky):
-            self.assertEqual(self.errors("""[daemon]
-chroot = /srv
-[server]
-backend = picky nosuch picky:two picky:three picky finger picky:4 picky:5
-[picky:4]
-shape = big
-[picky:5]
-[picky]
-size = 1
-color = bad
-colour = red
-[picky:two]
-color = bad
-[finger]
-# here
-command = no-such-program-79
-max_output = 1
-"""), [
-                'FILE:4: [picky:three]: shape: does not fit into /srv; cut'
-                ' it',
-                'FILE:4: backend: "nosuch" is not a backend; there are users,'
-                ' remote, picky, accounts, files, finger, sql, web',
-                "FILE:4: backend: names one twice; name each once",
-                "FILE:6: shape: does not fit into /srv; cut it",
-                "FILE:7: shape: does not fit into /srv; cut it",
-                'FILE:9: size: "1" is not between 16 and 1000000000; write'
-                ' e.g. size = 1K',
-                "FILE:10: color: bad; write good",
-                "FILE:11: colour: no such setting; did you mean color?",
-                "FILE:12: size: bad; write good",
-                "FILE:13: color: bad; write good",
-                'FILE:16: command: "no-such-program-79" begins neither with'
-                ' a program in /usr/local/bin:/usr/bin:/bin nor with the path'
-                ' of one; install it, or correct its name',
-                'FILE:17: max_output: "1" is not between 16 and 1000000000;'
-                ' write e.g. max_output = 64K',
-                "12 errors in FILE, not started"])
+    def test_rejects_users_that_nobody_can_ask_for(self):
+        no_query = ("no query can match this name; write it without spaces"
+                    " and @")
+        self.check_errors(
+            ("[users]",), ("al ice = x", f"al ice: {no_query}"),
+            ("al@ice = x", f"al@ice: {no_query}"), ("alice = 1",),
+            ("Alice = 2", "Alice: already on line 4; write it once"),
+            ("/W = 3", f"/W: {no_query}"),
+            ("a\x1bb = 4", f"a\x1bb: {no_query}"))
 
-    def test_checks_the_sections_of_backends_that_are_not_used(self):
-        """Names and values, but no backend is made of them."""
-        self.assertEqual(
-            self.errors("[server]\nbackend = users nosuch\n[web:x]\n"
-                        "cashe = 1\ncache = x\nurl = not a url\n")[1:3],
-            ["FILE:4: cashe: no such setting; did you mean cache?",
-             'FILE:5: cache: "x" is not a number of seconds; write e.g.'
-             ' cache = 60'])
+    def test_an_error_leaves_the_other_settings(self):
+        """A daemon can be found by the pidfile of a config with errors."""
+        self.errors("[daemon]\npidfile = /run/x\numask = 9\n[nonsense]\n")
+        self.assertEqual(self.bad_config.daemon.pidfile, "/run/x")
+        self.assertEqual(self.bad_config.daemon.umask, 0o027)
+        self.errors("[daemon]\npidfile = \x1b\n")
+        self.assertEqual(self.bad_config.daemon.pidfile, "")
+
+    @mock.patch.dict(fingerd.BACKENDS, picky=Picky)
+    def test_reports_all_that_backends_say_where_it_belongs(self):
+        no_fit = "shape: does not fit into /srv; cut it"
+        self.check_errors(
+            ("[daemon]",), ("chroot = /srv",), ("[server]",),
+            ("backend = picky nosuch picky:two picky:three picky finger"
+             " picky:4 picky:5", f"[picky:three]: {no_fit}",
+             'backend: "nosuch" is not a backend; there are users, remote,'
+             " picky, accounts, files, finger, sql, web",
+             "backend: names one twice; name each once"),
+            ("[picky:4]",), ("shape = big", no_fit), ("[picky:5]", no_fit),
+            ("[picky]",),
+            ("size = 1", 'size: "1" is not between 16 and 1000000000; write'
+                         " e.g. size = 1K"),
+            ("color = bad", "color: bad; write good"),
+            ("colour = red", "colour: no such setting; did you mean color?"),
+            ("[picky:two]", "size: bad; write good"),
+            ("color = bad", "color: bad; write good"),
+            ("[finger]",), ("# here",),
+            ("command = no-such-program-79",
+             'command: "no-such-program-79" begins neither with a program in'
+             " /usr/local/bin:/usr/bin:/bin nor with the path of one; install"
+             " it, or correct its name"),
+            ("max_output = 1", 'max_output: "1" is not between 16 and'
+             " 1000000000; write e.g. max_output = 64K"))
+        # Of those that are not used: names and values only.
+        self.check_errors(
+            ("[server]",), ("backend = users nosuch", 'backend: "nosuch" is'
+             " not a backend; there are users, remote, picky, accounts,"
+             " files, finger, sql, web"), ("[web:x]",),
+            ("cashe = 1", "cashe: no such setting; did you mean cache?"),
+            ("cache = x", 'cache: "x" is not a number of seconds; write e.g.'
+                          " cache = 60"), ("url = not a url",))
 
     def test_warns_of_what_is_not_used_and_what_backends_say(self):
         with mock.patch.dict(fingerd.BACKENDS, picky=Picky):
@@ -1134,8 +1096,7 @@ shape = odd
                              "\tonly\r\nc = 100% = all\r\nd =\r\n"
                              "e =\r\n\r\n   deep\r\n  less\r\n"
                              "[server]\r\nheader = a\r\n  b\r\n")
-        replies = config.backends[0][1].replies
-        self.assertEqual(replies, {
+        self.assertEqual(config.backends[0][1].replies, {
             "a": b"one\r\ntwo\r\n  three\r\n\r\n# text\r\nfour\r\n",
             "b": b"only\r\n", "c": b"100% = all\r\n", "d": b"\r\n",
             "e": b"\r\n deep\r\nless\r\n"})
@@ -1143,23 +1104,13 @@ shape = odd
 
     def test_says_when_a_file_cannot_be_read(self):
         missing = os.path.join(tempfile.gettempdir(), "no", "such.conf")
-        for path, message in [
-                (missing, "cannot read the config: no such file or directory:"
-                          f" {missing}; name another with --config"),
-                (str(HERE), "cannot read the config: is a directory:"
-                            f" {HERE}; name another with --config")]:
+        for path, reason in [(missing, "no such file or directory"),
+                             (str(HERE), "is a directory")]:
             with self.assertRaises(fingerd.ConfigError) as caught:
                 fingerd.read_config(path, print)
-            self.assertEqual(str(caught.exception), message)
-
-    def test_tables_of_settings_convert_their_own_defaults(self):
-        classes, _ = fingerd.load_backends()
-        rows = [*fingerd.SETTINGS, *(
-            fingerd.Setting(name, *row) for name, cls in classes.items()
-            for row in cls.settings or ())]
-        for row in rows:
-            with self.subTest(setting=row.name):
-                fingerd.KINDS[row.kind](row.default)
+            self.assertEqual(
+                str(caught.exception), f"cannot read the config: {reason}:"
+                f" {path}; name another with --config")
 
 
 class ExampleTest(unittest.TestCase):
@@ -1171,14 +1122,17 @@ class ExampleTest(unittest.TestCase):
             for name, cls in fingerd.load_backends()[0].items()
             for row in cls.settings or ())]
 
-    def test_example_has_one_user_and_is_all_default_else(self):
-        example, empty = read_config(EXAMPLE.read_text()), read_config("")
+    def test_example_is_all_default_but_for_its_user(self):
+        text = EXAMPLE.read_text()
+        uncommented = re.sub(r"(?m)^#(?=[\w\[])", "", text)
+        example, changed, empty = map(read_config, (text, uncommented, ""))
         for section in {row.section for row in fingerd.SETTINGS}:
-            self.assertEqual(getattr(example, section),
-                             getattr(empty, section))
+            for config in (example, changed):
+                self.assertEqual(getattr(config, section),
+                                 getattr(empty, section))
         self.assertEqual(example.backends[0][1].replies,
                          {"moshez": b"Happy and well\r\n"})
-        live = [line for line in EXAMPLE.read_text().splitlines()
+        live = [line for line in text.splitlines()
                 if line and line[0] not in "#["]
         self.assertEqual(live, ["moshez = Happy and well"])
 
@@ -1192,13 +1146,6 @@ class ExampleTest(unittest.TestCase):
                 shown.append((section, name.strip(), default.strip()))
         self.assertEqual(sorted(shown), sorted(
             (row.section, row.name, row.default) for row in self.rows()))
-
-    def test_example_is_still_the_default_when_uncommented(self):
-        text = re.sub(r"(?m)^#(?=[\w\[])", "", EXAMPLE.read_text())
-        config, empty = read_config(text), read_config("")
-        for section in {row.section for row in fingerd.SETTINGS}:
-            self.assertEqual(getattr(config, section),
-                             getattr(empty, section))
 
     def test_example_stays_within_its_columns(self):
         for path in (EXAMPLE, HERE / "README"):
