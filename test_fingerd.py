@@ -51,7 +51,7 @@ import types
 import unittest
 import warnings
 import zipfile
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import fingerd
@@ -7210,10 +7210,10 @@ class Postgres:
             return False
         wait_until(started, "PostgreSQL")
 
-    def run_sql(self, text):
+    def run_sql(self, text, database="postgres"):
         try:
             self.run("psql", "-q", "-h", "127.0.0.1", "-p", str(self.port),
-                     "-U", "tester", "-d", "postgres", "-c", text)
+                     "-U", "tester", "-d", database, "-c", text)
         except subprocess.CalledProcessError as error:
             raise OSError(error.stderr) from None
 
@@ -8013,6 +8013,204 @@ class ClientsTest(unittest.TestCase):
                 out = self.run_client("nc", "-N", "-w", "5", host, port,
                                       send=send)
                 self.assertEqual(out, "Happy and well\n")
+
+
+class Answered(NamedTuple):
+    """A query of FleetTest: when it was asked, by whom, and its answer."""
+
+    began: float
+    ended: float
+    client: tuple[str, int]
+    reply: bytes
+
+
+@needs("haproxy")
+@needs_more_addresses
+class FleetTest(unittest.TestCase):
+    """Several daemons behind the real HAProxy."""
+
+    CONFIG = "[server]\nproxy_from = 127.0.0.1\n" + USERS + "ping = pong\n"
+
+    def setUp(self):
+        self.stack = contextlib.ExitStack()
+        self.addCleanup(self.stack.close)
+
+    def readme(self, start):
+        """Give the part of the README's chapter that begins so."""
+        chapter = (HERE / "README").read_text().partition(
+            "\nMore than one machine\n")[2]
+        part = re.search(rf"(?m)^    {re.escape(start)}\n(    .*\n)+", chapter)
+        return textwrap.dedent(part[0])
+
+    def start_haproxy(self, text, addresses):
+        """Run it in front of these addresses; give its own."""
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        servers = iter(addresses)
+        text = re.sub(r"192\.0\.2\.1[123]:79",
+                      lambda match: "{}:{}".format(*next(servers)), text)
+        path = self.stack.enter_context(config_file(
+            text.replace("*:79", f"127.0.0.1:{port}")))
+        with open(path + ".log", "w") as log:
+            process = subprocess.Popen(
+                ["haproxy", "-db", "-f", path], stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+
+        address = "127.0.0.1", port
+        wait_until(lambda: process.poll() is not None or self.ask_from(
+            "127.0.0.1", address, b"ping\r\n").reply, "HAProxy")
+        self.assertIsNone(process.poll(),
+                          pathlib.Path(path + ".log").read_text())
+        return address
+
+    def start_daemon(self, text, host, port=0):
+        program = self.stack.enter_context(installed(text))
+        program.serve("--listen", f"{host}:{port}", fresh=True)
+        self.assertEqual(program.address[0], host)
+        return program
+
+    def ask_from(self, host, address, query=b"moshez\r\n"):
+        """Ask from an address; give an Answered, b"" if there is none."""
+        began, reply, client = time.monotonic(), b"", ("", 0)
+        with contextlib.suppress(OSError), connect(address, host) as sock:
+            client = sock.getsockname()
+            sock.sendall(query)
+            reply = read_all(sock)
+        return Answered(began, time.monotonic(), client, reply)
+
+    def clients(self, *programs):
+        """Give the clients in their logs, less the checks of HAProxy."""
+        lines = [line for program in programs for line in program.log()
+                 if " q=" in line and 'q="ping"' not in line]
+        return [(host, int(port)) for host, port in re.findall(
+            r"client=(\S+) port=(\d+) q=", "\n".join(lines))]
+
+    def test_a_daemon_is_killed_under_load_and_started_again(self):
+        for header in ("send-proxy", "send-proxy-v2"):
+            with self.subTest(header):
+                self.kill_under_load(header)
+
+    def kill_under_load(self, header):
+        one, two = [self.start_daemon(self.CONFIG, host)
+                    for host in ("127.0.0.11", "127.0.0.12")]
+        text = self.readme("listen finger").replace("send-proxy-v2", header)
+        address = self.start_haproxy(re.sub(".*three.*", "", text),
+                                     [one.address, two.address])
+        for program in (one, two):
+            program.wait_log('client=127.0.0.1 .*q="ping" outcome=answered')
+        done: list[Answered] = []
+        stop = threading.Event()
+
+        def load(host):
+            while not stop.is_set():
+                done.append(self.ask_from(host, address))
+
+        def wait_for_more():
+            wanted = len(done) + 100
+            wait_until(lambda: len(done) > wanted, "more queries")
+
+        threads = [threading.Thread(target=load, args=(f"127.0.0.{n}",))
+                   for n in range(21, 25)]
+        for thread in threads:
+            thread.start()
+        try:
+            wait_for_more()
+            kill = time.monotonic()
+            host, port = two.address
+            two.stop(signal.SIGKILL)
+            killed = time.monotonic()
+            wait_for_more()
+            again = self.start_daemon(self.CONFIG, host, port)
+            again.wait_log('q="moshez" outcome=answered', 20)
+            wait_for_more()
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join(HANG)
+        self.check(done, kill, killed, one, two, again)
+
+    def check(self, done, kill, killed, *programs):
+        """Check that only queries in flight are lost, and all addresses."""
+        for query in done:
+            if query.reply or not (query.began < killed
+                                   and query.ended > kill):
+                self.assertEqual(query.reply, HAPPY, query)
+        logged = self.clients(*programs)
+        self.assertEqual(set(logged) - {query.client for query in done},
+                         set())
+        missing = {query.client for query in done} - set(logged)
+        self.assertEqual(missing - {
+            query.client for query in done
+            if query.began < killed and query.ended > kill - 1}, set())
+
+    def test_limits_and_deny_see_the_client_and_no_health_check(self):
+        text = self.CONFIG.replace("\n", "\ndeny = 127.0.0.1 127.0.0.22\n", 1)
+        program = self.start_daemon(
+            text + "[limits]\nqueries_per_minute = 1\n", "127.0.0.11")
+        address = self.start_haproxy(
+            re.sub(".*(two|three).*", "", self.readme("listen finger"))
+            .replace(" check ", " check inter 20 "), [program.address])
+        program.wait_log('client=127.0.0.1 .*q="ping" outcome=answered', 3)
+        for host, reply in (
+                ("127.0.0.21", HAPPY), ("127.0.0.22", b"Access denied\r\n"),
+                ("127.0.0.21", b"Too many queries, try again later\r\n")):
+            self.assertEqual(self.ask_from(host, address).reply, reply)
+        for line in program.log():
+            if 'q="ping"' in line:
+                self.assertIn("outcome=answered", line)
+
+    @unittest.skipUnless(POSTGRES, "no PostgreSQL server is installed")
+    @unittest.skipUnless("pg8000.dbapi" in DRIVERS, "needs pg8000")
+    def test_the_readme_chapter_works_as_it_is(self):
+        folder = self.stack.enter_context(tempfile.TemporaryDirectory())
+        os.chmod(folder, 0o755)
+        data = os.path.join(folder, "postgres")
+        os.mkdir(data)
+        postgres = Postgres(data)
+        self.addCleanup(postgres.end, signal.SIGQUIT)
+        postgres.run_sql("CREATE ROLE finger LOGIN")
+        postgres.run_sql("CREATE DATABASE people")
+        postgres.run_sql("""
+            CREATE TABLE people (name text PRIMARY KEY, text text);
+            INSERT INTO people VALUES ('carol', 'I am Carol.');
+            GRANT SELECT ON people TO finger;
+            """, "people")
+        text = self.readme("[server]")
+        for old, new in (("192.0.2.20", f"127.0.0.1 port={postgres.port}"),
+                         ("192.0.2.10", "127.0.0.1")):
+            self.assertIn(old, text)
+            text = text.replace(old, new)
+        stats = os.path.join(folder, "node-exporter")
+        os.mkdir(stats)
+        os.chmod(stats, 0o777)
+        programs = [
+            self.start_daemon(
+                text.replace("/var/lib/prometheus/node-exporter/fingerd",
+                             os.path.join(stats, str(number))),
+                f"127.0.0.{10 + number}") for number in (1, 2, 3)]
+        address = self.start_haproxy(
+            self.readme("listen finger"),
+            [program.address for program in programs])
+        asked = set()
+        for number in range(12):
+            for query, reply in ((b"carol\r\n", b"I am Carol.\r\n"),
+                                 (b"nobody\r\n", UNKNOWN)):
+                got = self.ask_from(f"127.0.0.{21 + number}", address, query)
+                self.assertEqual(got.reply, reply)
+                asked.add(got.client)
+        for program in programs:
+            program.wait_log('client=127.0.0.1 .*q="ping" outcome=answered')
+            self.assertTrue(self.clients(program))
+        wait_until(lambda: set(self.clients(*programs)) == asked, "the logs")
+        for program in programs:
+            self.assertEqual(program.stop(), 0)
+        samples = "".join(path.read_text() for path
+                          in pathlib.Path(stats).glob("*.prom"))
+        counted = re.findall(r'queries_total{outcome="answered",backend="sql"}'
+                             r" (\d+)", samples)
+        self.assertEqual(sum(map(int, counted)), 12)
 
 
 if __name__ == "__main__":
