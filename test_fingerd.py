@@ -7380,26 +7380,21 @@ class AccountsBackendTest(BackendCase):
             "mail": "No mail.\n", "forward": "Mail forwarded to"
             " a@example.org\n", "project": "Project:\nDream\nmore\n",
             "plan": "Plan:\nSleep\n", "pgpkey": "PGP key:\nKEY\n", "": "",
-            "plan project pgpkey":
+            "plan project pgpkey":      # as is shown by default
                 "PGP key:\nKEY\nProject:\nDream\nmore\nPlan:\nSleep\n"}
         for show, text in table.items():
             with self.subTest(show):
                 self.assertEqual(
                     self.ask(self.system.make(self, show=show), "alice"),
                     "Login: alice          \t\t\tName: Alice\n" + text)
-        for row in fingerd_backends.ITEMS:
-            self.assertIn(row, table)
-
-    def test_shows_by_default_what_users_have_written_to_be_shown(self):
-        self.system.add("alice", "Alice,Room,1,2", plan="Sleep\n",
-                        forward="secret")
         self.assertEqual(
             self.ask(self.system.make(self), "ALICE"),
-            "Login: alice          \t\t\tName: Alice\nPlan:\nSleep\n")
-        uid = pwd.getpwnam("root").pw_uid
-        self.assertNotIn(uid, self.make(AccountsBackend).uids)
-        self.assertIn(1000, self.make(AccountsBackend).uids)
-        self.assertNotIn(65534, self.make(AccountsBackend).uids)
+            "Login: alice          \t\t\tName: Alice\n"
+            + table["plan project pgpkey"])
+        for row in fingerd_backends.ITEMS:
+            self.assertIn(row, table)
+        for uid, shown in ((0, False), (1000, True), (65534, False)):
+            self.assertEqual(uid in self.make(AccountsBackend).uids, shown)
 
     def test_shows_more_to_local_clients(self):
         self.system.add("alice")
@@ -7419,37 +7414,29 @@ class AccountsBackendTest(BackendCase):
             self.ask(self.system.make(self), "alice"),
             "Login: alice          \t\t\tName: Gr\xfc\xdfe Alice \\xff\n"
             "Plan:\n\xdf\u65e5\n")
-        out = run_python(self, """\
-            import os, pwd, sys
-            import fingerd_backends
-            # As pwd decodes it where the locale is of another encoding.
-            sys.getfilesystemencoding = lambda: "latin-1"
-            gecos = os.fsdecode("Gr\\xfc\\xdfe".encode())
-            entry = pwd.struct_passwd(("a", "x", 1, 1, gecos, "/", ""))
-            print(ascii(fingerd_backends.split_gecos(entry)[0]))
-            """)
-        self.assertEqual(out, "'Gr\\xfc\\xdfe'\n")
+        # As pwd decodes it where the locale is of another encoding.
+        gecos = os.fsdecode("Gr\xfc\xdfe".encode())
+        entry = pwd.struct_passwd(("a", "x", 1, 1, gecos, "/", ""))
+        with mock.patch("sys.getfilesystemencoding", lambda: "latin-1"):
+            self.assertEqual(fingerd_backends.split_gecos(entry)[0],
+                             "Gr\xfc\xdfe")
 
     # Hidden, system, and unknown.
 
     def make_hidden(self):
         """Make accounts that nobody may see; give names, and options."""
-        add = self.system.add
-        add("alice", plan="seen")
-        add("file", plan="hidden", nofinger="")
-        os.symlink("nowhere", os.path.join(add("link", plan="hidden")[:-5],
-                                           ".nofinger"))
-        os.mkdir(os.path.join(add("dir", plan="hidden")[:-5], ".nofinger"))
-        add("closed", plan="hidden")
-        closed = os.path.join(self.folder, "closed")
-        os.chmod(closed, 0o600)
-        self.addCleanup(os.chmod, closed, 0o700)
-        add("gone")
-        os.rmdir(os.path.join(self.folder, "gone"))
-        add("nohome")
-        os.rmdir(os.path.join(self.folder, "nohome"))
+        path = functools.partial(os.path.join, self.folder)
+        for name in ("file", "link", "dir", "closed", "gone", "nohome"):
+            self.system.add(name, plan="hidden")
+        self.system.add("alice", plan="seen")
+        self.system.add("system", plan="hidden", uid=os.getuid() + 1)
+        write_file(self.folder, "file/.nofinger")
+        os.symlink("nowhere", path("link/.nofinger"))
+        os.mkdir(path("dir/.nofinger"))
+        os.chmod(path("closed"), 0o600)
+        shutil.rmtree(path("gone"))
+        shutil.rmtree(path("nohome"))
         write_file(self.folder, "nohome", "a file")
-        add("system", plan="hidden", uid=os.getuid() + 1)
         return ["file", "link", "dir", "closed", "gone", "nohome", "system",
                 "unknown", "a b", "-l", "../alice"]
 
@@ -7475,11 +7462,6 @@ class AccountsBackendTest(BackendCase):
         self.assertIsNone(self.ask(backend, "bob"))
         self.assertIsNone(self.ask(backend, "carol"))
 
-    def test_a_home_that_may_only_be_searched_is_looked_into(self):
-        os.chmod(os.path.dirname(self.system.add("alice", plan="seen")), 0o711)
-        with as_nobody():
-            self.assertIn("seen", self.ask(self.system.make(self), "alice"))
-
     def test_believes_no_file_but_a_regular_one_of_the_user(self):
         secret = write_file(self.folder, "secret", "secret")
         made: dict[str, Any] = {
@@ -7500,16 +7482,18 @@ class AccountsBackendTest(BackendCase):
             self, show="plan", uids=f"{os.getuid() + 1}-{os.getuid() + 1}")
         self.assertEqual(self.plan(backend, "eve"), "No Plan.\n")
 
-    def test_a_closed_plan_is_not_there(self):
-        os.chmod(self.system.add("alice", plan="secret"), 0)
-        with as_nobody():
-            self.assertEqual(self.plan(self.system.make(self)), "No Plan.\n")
-
-    def test_a_plan_without_end_is_cut(self):
-        os.truncate(self.system.add("alice", plan="long\n"), 1 << 40)
-        with self.takes(0, PROMPT):
-            self.assertEqual(self.plan(self.system.make(self)),
+    def test_reads_what_it_may_and_no_more(self):
+        # A home that may only be searched, and a plan without end.
+        path = self.system.add("alice", plan="long\n")
+        os.chmod(os.path.dirname(path), 0o711)
+        os.truncate(path, 1 << 40)
+        backend = self.system.make(self)
+        with as_nobody(), self.takes(0, PROMPT):
+            self.assertEqual(self.plan(backend),
                              "Plan:\nlong\n[truncated]\n")
+        os.chmod(path, 0)
+        with as_nobody():
+            self.assertEqual(self.plan(backend), "No Plan.\n")
 
     # Logins.
 
@@ -7609,14 +7593,11 @@ class AccountsBackendTest(BackendCase):
             *(({"uids": text}, f'uids: "{text}" {uids}')
               for text in ("", "1000", "a-b", "1-2-3", "-5", "1-99999999999")),
             ({"hide_file": ""}, "hide_file: is empty; write e.g. .nofinger")))
-
-    def test_refuses_a_chroot(self):
-        with config_file("[server]\nbackend = accounts\n[daemon]\nchroot ="
-                         " /tmp\n") as path:
-            status, out, err = run_fingerd("--config", path, "--check")
-        self.assertEqual((status, out), (2, ""))
-        self.assertIn("chroot: hides the accounts; leave it out, or take"
-                      " accounts out of backend\n", err)
+        with self.assertRaisesRegex(
+                fingerd.ConfigError, "chroot: hides the accounts; leave it"
+                " out, or take accounts out of backend\n"):
+            read_config("[server]\nbackend = accounts\n[daemon]\n"
+                        "chroot = /tmp\n")
 
 
 class RealFingerTest(BackendCase):
@@ -7771,7 +7752,7 @@ class RealFingerTest(BackendCase):
 
 # ---- Aliases ----------------------------------------------------------------
 
-class AliasesTest(unittest.TestCase):
+class AliasesTest(ServerCase):
 
     NAMES = """
 [aliases]
@@ -7803,21 +7784,17 @@ staff = hidden by the alias
             "staff": "Bob\n\nCarol\n\n" + happy + "\nNo such user\n",
             "short": happy, "bob2": "Bob\n\nBob\n", "bob": "Bob\n",
             "eight": "\n".join(["Bob\n"] * 8), "a0": "Bob\n",
-            "/W short bob": happy + "\nBob\n", "": "bob    Bob\ncarol  Carol"
-            "\nstaff  hidden by the alias\nmoshez Happy and well\n",
+            "/W short bob": happy + "\nBob\n", "": "bob     Bob\ncarol   Carol"
+            "\nstaff   hidden by the alias\nmoshez  Happy and well\n",
             "staff Staff": "\n".join(["Bob\n", "Carol\n", happy,
                                       "No such user\n"] * 2),
             "staff staff bob": "Malformed query\n"}
-        text = "[server]\nuser_list = yes\n" + self.NAMES
-        with serving(text + "moshez = Happy and well\n") as server:
-            for line, reply in table.items():
-                with self.subTest(line):
-                    got = server.ask(line.encode() + b"\r\n").decode()
-                    if line:
-                        self.assertEqual(got, reply.replace("\n", "\r\n"))
-                    else:
-                        self.assertEqual(re.findall(r"(?m)^\w+", got),
-                                         re.findall(r"(?m)^\w+", reply))
+        server = self.serve("[server]\nuser_list = yes\n" + self.NAMES
+                            + "moshez = Happy and well\n")
+        for line, reply in table.items():
+            with self.subTest(line):
+                got = server.ask(line.encode() + b"\r\n").decode()
+                self.assertEqual(got, reply.replace("\n", "\r\n"))
 
     def test_every_backend_is_asked_for_the_names(self):
         asked: list[str] = []
