@@ -2731,7 +2731,7 @@ class Pidfile:
         """Lock the file, created if need be; StartError if another has it."""
         self.path = path
         until = time.monotonic() + PIDFILE_WAIT
-        try:
+        with attempt("lock the pidfile"):
             while not self.lock():
                 pid, _ = find_daemon(path)
                 if pid or time.monotonic() > until:
@@ -2739,9 +2739,6 @@ class Pidfile:
                                      f" {pid or 'not known yet'} ({path} is"
                                      " locked)")
                 time.sleep(0.01)
-        except OSError as error:
-            raise StartError("cannot lock the pidfile:"
-                             f" {reason(error)}") from None
 
     def lock(self) -> bool:
         """Try once."""
@@ -2767,12 +2764,9 @@ class Pidfile:
 
         Never open the file after this: its close would end the lock.
         """
-        try:
+        with attempt("write the pidfile"):
             fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.pwrite(self.fd, b"%d\n" % os.getpid(), 0)
-        except OSError as error:
-            raise StartError("cannot write the pidfile:"
-                             f" {reason(error)}") from None
 
     def remove(self) -> None:
         """Empty the file, remove it if we may, and end the locks."""
@@ -2800,30 +2794,24 @@ def find_daemon(path: str) -> tuple[int, int]:
 
     Each may be 0.  Raises StartError if the pid is unknown, or may be forged.
     """
-    try:
-        fd = os.open(path, os.O_RDONLY | PIDFILE_FLAGS)
-    except FileNotFoundError:
-        return 0, 0
-    except OSError as error:
-        raise StartError(f"cannot read the pidfile: {reason(error)}"
-                         ) from None
-    try:
-        number = read_pidfile(fd, path)
-        holder = lock_holder(fd)
-        owner = os.fstat(fd).st_uid
-    except OSError as error:
-        raise StartError(f"cannot tell who has locked {path}:"
-                         f" {reason(error)}") from None
-    finally:
-        os.close(fd)
-    if holder and number not in (0, holder):
+    with attempt("read the pidfile"):
+        try:
+            fd = os.open(path, os.O_RDONLY | PIDFILE_FLAGS)
+        except FileNotFoundError:
+            return 0, 0
+        try:
+            number = read_pidfile(fd, path)
+            pid = lock_holder(fd)
+            owner = os.fstat(fd).st_uid
+        finally:
+            os.close(fd)
+    if pid and number not in (0, pid):
         raise StartError(f"{path} names pid {number}, but is locked by pid"
-                         f" {holder}; not believed")
-    owners = (0, os.geteuid(), *(process_ids(holder) or ())[:1])
-    if holder and owner not in owners:
-        raise StartError(f"{path} does not belong to the user of pid {holder},"
+                         f" {pid}; not believed")
+    if pid and owner not in (0, os.geteuid(), *process_ids(pid)[:1]):
+        raise StartError(f"{path} does not belong to the user of pid {pid},"
                          " which has locked it; not believed")
-    return holder, number
+    return pid, number
 
 
 def lock_holder(fd: int) -> int:
@@ -2842,16 +2830,16 @@ def lock_holder(fd: int) -> int:
     if kind == fcntl.F_UNLCK:
         return 0
     if pid <= 0:
-        raise OSError("a process of another namespace")
+        raise OSError("a process of another namespace has locked it")
     return pid
 
 
-def process_ids(pid: int) -> tuple[int, int] | None:
-    """Give uid and gid of a process; None where the system does not say."""
+def process_ids(pid: int) -> tuple[int, ...]:
+    """Give uid and gid of a process, () where the system does not say."""
     try:
         info = os.stat(f"/proc/{pid}")
     except OSError:
-        return None
+        return ()
     return info.st_uid, info.st_gid
 
 
@@ -2890,7 +2878,7 @@ def lost_log(config: Any) -> str:
     return ""
 
 
-def unreadable_config(config: Any, ids: Any = None) -> str:
+def unreadable_config(config: Any, ids: tuple[int, ...] = ()) -> str:
     """Say why a reload could not read the config, or "".
 
     It goes by owners and modes, for the uid and gid of the daemon: ids, or
@@ -2901,34 +2889,30 @@ def unreadable_config(config: Any, ids: Any = None) -> str:
             ids = (choose_ids(config.daemon) or ("",))[1:]
     if not ids:         # it keeps ours, and we have read it
         return ""
+    uid, gid = ids
     path = os.path.abspath(config.path)
     root = os.path.normpath(config.daemon.chroot or "/")
     cannot = f"a reload cannot read {path}:"
     if not path.startswith(os.path.join(root, "")):
         return f"{cannot} it is outside the chroot {root}; move it there"
     wanted = stat.S_IROTH
-    while may(os.stat(path), ids, wanted):
+    while uid:
+        info = os.stat(path)
+        shift = 6 if info.st_uid == uid else 3 if info.st_gid == gid else 0
+        if not info.st_mode >> shift & wanted:
+            return f"{cannot} uid {uid} may not open {path}; change its mode"
         if path == root:
-            return ""
+            break
         path, wanted = os.path.dirname(path), stat.S_IXOTH
-    return f"{cannot} uid {ids[0]} may not open {path}; change its mode"
-
-
-def may(info: os.stat_result, ids: tuple[int, int], wanted: int) -> bool:
-    """Do owner and mode of a file allow this (S_IROTH or S_IXOTH)?"""
-    uid, gid = ids
-    shift = 6 if info.st_uid == uid else 3 if info.st_gid == gid else 0
-    return uid == 0 or bool(info.st_mode >> shift & wanted)
+    return ""
 
 
 def drop_privileges(name: str, uid: int, gid: int) -> None:
     """Become a user, without a way back; StartError if there is one."""
-    try:
+    with attempt(f"become {name}"):
         os.setgroups([gid])
         os.setgid(gid)
         os.setuid(uid)      # real, effective and saved: we are root
-    except OSError as error:
-        raise StartError(f"cannot become {name}: {reason(error)}") from None
     if uid == 0:
         return
     for regain in (os.setuid, os.seteuid):
@@ -2937,12 +2921,7 @@ def drop_privileges(name: str, uid: int, gid: int) -> None:
             raise StartError("root privileges can be regained")
     if os.getgroups() != [gid] or os.getgid() != gid:
         raise StartError("groups of root remain")
-    forbid_new_privileges()
-
-
-def forbid_new_privileges() -> None:
-    """Make set-user-id programs powerless (Linux: prctl(2))."""
-    if sys.platform == "linux":
+    if sys.platform == "linux":     # programs get no more rights either
         with contextlib.suppress(ImportError):  # some Pythons are without
             import ctypes
             ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)     # PR_SET_NO_NEW_PRIVS
@@ -3127,7 +3106,7 @@ class Daemon:
             for listener in listeners:
                 opened.enter_context(listener)
             self.ids = choose_ids(daemon)
-            self.open_log(self.config.log)
+            self.open_log(self.config)
             self.notifier = opened.enter_context(Notifier())
             null = opened.enter_context(open(os.devnull, "r+b", 0))
             self.terminal = None if daemon.daemonize else open_terminal()
@@ -3152,7 +3131,7 @@ class Daemon:
         site = Answers(self.config, self.log)
         self.ids = choose_ids(self.config.daemon)
         try:
-            self.open_log(self.config.log)
+            self.open_log(self.config)
         except StartError:
             if self.config.log.to != "syslog":
                 raise           # without syslog only the log is lost
@@ -3172,7 +3151,7 @@ class Daemon:
             "/" if daemon.daemonize or daemon.chroot else "")
         if self.ids:
             load_late_imports()
-        try:
+        with attempt("enter chroot or rundir"):
             if daemon.chroot:
                 site.resolve_hops()
                 os.chroot(daemon.chroot)
@@ -3180,9 +3159,6 @@ class Daemon:
                 self.root = os.path.normpath(daemon.chroot)
             if rundir:
                 os.chdir(rundir)
-        except OSError as error:
-            raise StartError("cannot enter chroot or rundir:"
-                             f" {reason(error)}") from None
         if self.ids:
             drop_privileges(*self.ids)
 
@@ -3193,20 +3169,17 @@ class Daemon:
             return path[len(self.root):]
         return path
 
-    def open_log(self, settings: Any) -> None:
+    def open_log(self, config: Any) -> None:
         """Open the log, again if it is a file; StartError if that fails."""
-        settings = types.SimpleNamespace(**vars(settings))
+        settings = types.SimpleNamespace(**vars(config.log))
         what = "open the log"
         if settings.to == "syslog":
-            address = settings.syslog_address
-            what = "reach syslog at " + (
-                address if isinstance(address, str) else address_text(address))
+            address = config.raw_values["log", "syslog_address"]
+            what = f"reach syslog at {address}"
         elif settings.to != "stderr":
             settings.to = self.path(settings.to)
-        try:
+        with attempt(what):
             self.log.open(settings, self.ids[1:] if self.ids else None)
-        except OSError as error:
-            raise StartError(f"cannot {what}: {reason(error)}") from None
 
     def report_ready(self, listeners: list[socket.socket]) -> None:
         """Write the first lines of the log, and let systemd know."""
@@ -3312,8 +3285,11 @@ class Daemon:
                            f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             with contextlib.suppress(StartError):   # it stays as it is
-                self.open_log(self.config.log)
-            self.change_config(self.read_config())
+                self.open_log(self.config)
+            path = self.path(self.config.path)
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise ConfigError(f"{path} is not a regular file")  # may wait
+            self.change_config(self.reader(path, old=self.config))
             self.reloads["ok"] += 1
         except Exception as error:      # whatever it is, the old one serves
             text = (reason(error) if isinstance(error, OSError)
@@ -3323,20 +3299,12 @@ class Daemon:
             self.reloads["failed"] += 1
         self.notifier.send("READY=1")
 
-    def read_config(self) -> Any:
-        """Read the config again, but not from a pipe: that could wait."""
-        path = self.path(self.config.path)
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise ConfigError(f"{path} is not a regular file")
-        config = self.reader(path, old=self.config)
-        config.path = self.config.path
-        return config
-
     def change_config(self, config: Any) -> None:
         """Use another config; StartError if its log cannot be opened."""
         site = Answers(config, self.log)
+        config.path = self.config.path      # not as it is seen in a chroot
         self.log_unreloadable(config)
-        self.open_log(config.log)
+        self.open_log(config)
         fit_max_clients(config, self.log)
         self.server.change_answers(site)
         self.config = config
