@@ -130,14 +130,14 @@ def is_plain(text: bytes | bytearray) -> bool:
     return text.translate(None, b"-._").isalnum()
 
 
-def plain_line(data: bytes, limit: int) -> bytes:
-    """Give the text of a segment that is a whole plain line, else b"".
+def whole_line(data: bytes, limit: int) -> bytes:
+    """Give the text of a segment that is a whole line of ASCII, else b"".
 
-    Most queries come so, and need no more than this look at them.
+    Most queries come so, and need no QueryLine.
     """
-    text = data.rstrip(b"\r\n")
-    if data.endswith(b"\n") and len(data) <= limit and is_plain(text):
-        return text
+    if (data.endswith(b"\n") and data.isascii() and data.count(b"\n") == 1
+            and b"\0" not in data and len(data) <= limit):
+        return data.rstrip(b"\r\n")
     return b""
 
 
@@ -1743,13 +1743,12 @@ def address_from(family: int, packed: bytes) -> str:
 #
 # What the loop has to know is in small classes that touch no client's socket:
 # Counts (connections by address), Rates (queries by address), Waiting
-# (handlers, what they wait for, and until when), Lingering (those in LEFT),
-# Lookups (whose turn it is to get a thread), Door (when to accept, and how
-# many in a row), and Inbox (what signals and threads leave for the loop).
+# (handlers, what they wait for, and until when), Lookups (whose turn it is to
+# get a thread), Door (when to accept, and how many in a row), and Inbox (what
+# signals and threads leave for the loop).
 
 GRACE = 0.5             # seconds for a backend to come back from a timeout
-LINGER = 0.05           # seconds until we look whether a client has closed
-MAX_LINGERING = 256     # such clients; with more, the oldest are looked at
+LINGER = 0.01           # seconds until we look whether a client has closed
 DISCARD = 1 << 18       # bytes read away behind a query; more is a flood
 TRACKED = 65536         # addresses whose rate is known; then the oldest go
 HOST_SHARE = 4          # an address gets a thread in so many
@@ -1760,20 +1759,21 @@ class Deadline(TimeoutError):
     """A client's time is over.  (The kernel's ETIMEDOUT is not this one.)"""
 
 
-class Wait(NamedTuple):
-    """What a client waits for, and the events that a selector reports."""
+class Wait:
+    """What a client waits for."""
 
-    name: str
-    events: int = 0
+    def __init__(self, events: int = 0, seconds: float | None = None) -> None:
+        self.events = events        # that a selector reports
+        self.seconds = seconds      # then it goes on; None: it has a deadline
 
 
-READ = Wait("read", selectors.EVENT_READ)       # more of the line
-ASK = Wait("ask")                               # the answer of a thread
-WRITE = Wait("write", selectors.EVENT_WRITE)    # room for the reply
-CLOSE = Wait("close", selectors.EVENT_READ)     # its close
-LATER = Wait("later")                           # a turn of the loop
-LEFT = Wait("left")                             # a moment
-NOTHING = Wait("nothing")
+LATER = Wait(seconds=0)                         # a turn of the loop
+LEFT = Wait(seconds=LINGER)                     # a moment
+READ = Wait(selectors.EVENT_READ)               # more of the line
+ASK = Wait()                                    # the answer of a thread
+WRITE = Wait(selectors.EVENT_WRITE)             # room for the reply
+CLOSE = Wait(selectors.EVENT_READ)              # its close
+NOTHING = Wait()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -1806,6 +1806,9 @@ class FingerHandler(socketserver.StreamRequestHandler):
             self.key = address_key(self.host)
         self.started = time.monotonic()
         self.steps = self.handle()
+
+    def fileno(self):
+        return self.request.fileno()
 
     def handle(self):
         """Serve the client; yield what it has to wait for."""
@@ -1903,11 +1906,11 @@ class FingerHandler(socketserver.StreamRequestHandler):
         if not self.line:
             if not data:
                 raise Refused(SILENCE)
-            if data.startswith(PROXY_2):
-                raise MalformedQuery("PROXY header of a stranger")
-            self.text = plain_line(data, limit)
+            self.text = whole_line(data, limit)
             if self.text:
                 return True
+            if data.startswith(PROXY_2):
+                raise MalformedQuery("PROXY header of a stranger")
             self.line = QueryLine(limit)
             self.text = self.line.text
         try:
@@ -1926,7 +1929,7 @@ class FingerHandler(socketserver.StreamRequestHandler):
         if self.wait is not ASK:
             started = self.line or self.text
             return FIXED_REPLIES["timeout" if started else "silent"]
-        state = "queued" if self.server.lookups.queues(self) else "asking"
+        state = "asking" if self in self.server.lookups.running else "queued"
         self.server.log.event(
             "warning", "failed", client=self.host,
             reason=f"no backend answered in time ({state})")
@@ -1940,9 +1943,10 @@ class FingerHandler(socketserver.StreamRequestHandler):
                 memoryview(data)[self.sent:] if self.sent else data, SEND)
         except BlockingIOError:
             return False
-        if self.sent == len(data):
-            self.request.shutdown(socket.SHUT_WR)
-        return self.sent == len(data)
+        if self.sent < len(data):
+            return False
+        self.request.shutdown(socket.SHUT_WR)
+        return True
 
     def log_query(self, reply):
         """Count the connection, and write its line."""
@@ -2010,14 +2014,14 @@ class Waiting:
 
     def __init__(self):
         self.handlers: Any = {
-            wait: collections.OrderedDict()
-            for wait in (LATER, READ, ASK, WRITE, CLOSE)}
-        self.due = math.inf         # nobody's deadline is before
+            wait: {} for wait in (LEFT, LATER, READ, ASK, WRITE, CLOSE)}
+        self.due = math.inf         # nobody's time is over before
 
     def add(self, handler, wait, deadline):
         handler.wait, handler.deadline = wait, deadline
         self.handlers[wait][handler] = None
-        self.due = min(self.due, deadline)
+        if deadline < self.due:
+            self.due = deadline
 
     def remove(self, handler):
         del self.handlers[handler.wait][handler]
@@ -2025,9 +2029,12 @@ class Waiting:
 
     def overdue(self, now):
         """Give those whose time is over, until they wait no longer."""
-        for handlers in self.handlers.values():
-            while handlers and next(iter(handlers)).deadline <= now:
-                yield next(iter(handlers))
+        for wait, handlers in self.handlers.items():
+            late = itertools.takewhile(
+                lambda handler: handler.deadline <= now, handlers)
+            for handler in list(late):
+                if handler.wait is wait:    # it may have left by now
+                    yield handler
         self.due = min((next(iter(handlers)).deadline
                         for handlers in self.handlers.values() if handlers),
                        default=math.inf)
@@ -2040,36 +2047,6 @@ class Waiting:
         self.due = min(self.due, deadline)
 
 
-class Lingering:
-    """Handlers that were told LEFT: in the moment in which most close."""
-
-    def __init__(self):
-        self.handlers: Any = collections.deque()
-
-    def add(self, handler, now):
-        handler.deadline = now + LINGER
-        self.handlers.append(handler)
-
-    def next_deadline(self):
-        if len(self.handlers) > MAX_LINGERING:
-            return 0
-        return self.handlers[0].deadline if self.handlers else math.inf
-
-    def overdue(self, now):
-        """Take out those whose moment is over; of too many, the oldest."""
-        while self.handlers and self.next_deadline() <= now:
-            yield self.handlers.popleft()
-
-    def take(self, keys):
-        """Take out those of some addresses."""
-        taken = [handler for handler in self.handlers if handler.key in keys]
-        if taken:
-            self.handlers = collections.deque(
-                handler for handler in self.handlers
-                if handler.key not in keys)
-        return taken
-
-
 class Lookups:
     """Whose turn it is to get a thread, address by address.
 
@@ -2079,24 +2056,20 @@ class Lookups:
 
     def __init__(self):
         self.queued = collections.OrderedDict()     # handlers by address
-        self.running, self.late = set(), set()
-        self.threads = Counts()                     # by address
+        self.running = set()                # handlers that a thread works for
+        self.late = 0                       # threads whose client has gone on
+        self.threads = Counts()             # by address, late ones as well
 
     def add(self, handler):
-        handlers = self.queued.setdefault(handler.key,
-                                          collections.OrderedDict())
-        handlers[handler] = None
-
-    def queues(self, handler):
-        return handler in self.queued.get(handler.key, ())
+        self.queued.setdefault(handler.key, {})[handler] = None
 
     def next(self, places):
         """Give the handler whose turn it is; None if there is no place."""
-        taken = len(self.running) + max(0, len(self.late) - places)
-        for key, handlers in self.queued.items():
-            if taken < places and (self.threads.get(key, 0)
-                                   < max(1, places // HOST_SHARE)):
-                return next(iter(handlers))
+        if len(self.running) + max(0, self.late - places) < places:
+            share = max(1, places // HOST_SHARE)
+            for key, handlers in self.queued.items():
+                if self.threads.get(key, 0) < share:
+                    return next(iter(handlers))
         return None
 
     def begin(self, handler):
@@ -2114,16 +2087,15 @@ class Lookups:
 
     def give_up(self, handler):
         """Wait no longer for a handler's thread, or for its turn."""
-        if self.queues(handler):
-            self.unqueue(handler)
-        elif handler in self.running:
+        if handler in self.running:
             self.running.remove(handler)
-            self.late.add(handler)
+            self.late += 1
+        else:
+            self.unqueue(handler)
 
     def end(self, handler):
-        """Take the place back of a thread that has ended."""
-        self.running.discard(handler)
-        self.late.discard(handler)
+        """Count the end of a thread for which nobody waits any longer."""
+        self.late -= 1
         self.threads.add(handler.key, -1)
 
 
@@ -2149,27 +2121,21 @@ class Door:
         self.log = log
         self.watched = False            # by the selector
         self.accepts = 8.0              # in a row
-        self.full_logged = False
+        self.full_logged = self.starved_logged = False
         self.next_full_log = -math.inf
-        self.out_of_descriptors = False
-        self.paused_until = 0.0
-        self.closes_at = math.inf
+        self.paused = False
 
     def is_open(self, connections, limit, now):
         """May more clients come in?  Log when that changes, now and then."""
         full = connections >= limit
-        if full != self.full_logged:
-            self.log_full(full, connections, limit, now)
-        return not full and now >= self.paused_until
-
-    def log_full(self, full, connections, limit, now):
-        if not full:
+        if self.full_logged and not full:
             self.full_logged = False
             self.log.event("notice", "room", clients=connections, limit=limit)
-        elif now >= self.next_full_log:
+        elif full and not self.full_logged and now >= self.next_full_log:
             self.full_logged = True
             self.next_full_log = now + FULL_LOG_INTERVAL
             self.log.event("warning", "full", clients=connections, limit=limit)
+        return not full and not self.paused
 
     def watch(self, selector, accept):
         """Have the selector call accept for new clients; None for not."""
@@ -2184,30 +2150,29 @@ class Door:
             else:
                 selector.unregister(listener)
 
-    def pause(self, error, connections, now):
+    def pause(self, error, connections):
         """Pause if accept failed for want of descriptors; log that once."""
-        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS,
-                               errno.ENOMEM):
-            return False
-        if not self.out_of_descriptors:
+        self.paused = error.errno in (errno.EMFILE, errno.ENFILE,
+                                      errno.ENOBUFS, errno.ENOMEM)
+        if self.paused and not self.starved_logged:
+            self.starved_logged = True
             self.log.event("error", "starved", reason=reason(error),
                            clients=connections)
-        self.out_of_descriptors = True
-        self.paused_until = now + PAUSE
-        return True
+        return self.paused
 
-    def next_due(self, now):
-        """Give the time at which a pause ends, or the door closes."""
-        return min(self.closes_at, self.paused_until
-                   if self.paused_until > now else math.inf)
+    def drop_new_connections(self):
+        """Have the kernel drop what would open another connection (Linux).
 
-    def close_soon(self, now):
-        """Close once those who have begun to connect have been accepted."""
-        self.closes_at = now
-        with contextlib.suppress(OSError):      # no such filters here
-            for listener in self.listeners:
-                drop_new_connections(listener)
-            self.closes_at = now + LAST_CALL
+        A close of a listener resets those that it has not handed out.
+        Raises OSError where there are no such filters, or not for us.
+        """
+        code = array.array("B", b"".join(struct.pack("HBBI", *instruction)
+                                         for instruction in DROP_SYN))
+        for listener in self.listeners:
+            if not listener.passed:     # else systemd listens on
+                listener.setsockopt(
+                    socket.SOL_SOCKET, SO_ATTACH_FILTER,
+                    struct.pack("HP", len(DROP_SYN), code.buffer_info()[0]))
 
     def close(self):
         for listener in self.listeners:
@@ -2215,22 +2180,8 @@ class Door:
         self.listeners = []
 
 
-def drop_new_connections(listener):
-    """Have the kernel drop what would open another connection (Linux).
-
-    A close of the listener resets those that it has not handed out.
-    """
-    if listener.passed:
-        return              # systemd listens on, and would be cut off
-    code = array.array("B", b"".join(struct.pack("HBBI", *instruction)
-                                     for instruction in DROP_SYN))
-    listener.setsockopt(
-        socket.SOL_SOCKET, SO_ATTACH_FILTER,
-        struct.pack("HP", len(DROP_SYN), code.buffer_info()[0]))
-
-
 class Inbox:
-    """What signals and threads leave for the loop."""
+    """What signals and threads leave for the loop, and how they wake it."""
 
     def __init__(self):
         self.signals: Any = collections.deque()     # numbers
@@ -2245,15 +2196,6 @@ class Inbox:
         with contextlib.suppress(OSError):      # full: it will, anyway; or
             self.waker.send(b"\0")              # closed, and nobody waits
 
-    def drain(self, woken):
-        with contextlib.suppress(BlockingIOError):
-            woken.recv(READ_SIZE)
-
-    def act(self, stop):
-        """Act on the signals that have come, by stop() if by nothing else."""
-        while self.signals:
-            self.actions.get(self.signals.popleft(), stop)()
-
     def close(self):
         self.woken.close()
         self.waker.close()
@@ -2267,6 +2209,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     stats: Stats | None = None
     daemon_threads = True       # a hung backend does not keep us from ending
+    stopping, stop_deadline = False, math.inf
 
     def __init__(self, listeners: list[socket.socket], answers: Answers,
                  log: Log) -> None:
@@ -2281,19 +2224,18 @@ class FingerServer(socketserver.ThreadingTCPServer):
                              for listener in listeners}
         self.log = log
         self.outcomes = dict.fromkeys(OUTCOMES, 0)
-        self.hosts = Counts()        # connections by address
+        self.hosts = Counts()           # connections by address
         self.rates = Rates()
         self.waiting = Waiting()
-        self.lingering = Lingering()
         self.lookups = Lookups()
         self.door = Door(listeners, log)
         self.inbox = Inbox()
-        self.chores: dict[Callable[[], float], float] = {}  # and when each is
-        self.stop_deadline: float | None = None             # due
+        # What is due when; each gives the seconds until it is due again.
+        self.chores: dict[Callable[[], float], float] = {}
         self.ended = threading.Event()
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.inbox.woken, selectors.EVENT_READ,
-                               self.inbox.drain)
+                               self.read_inbox)
 
     # The loop.
 
@@ -2302,52 +2244,35 @@ class FingerServer(socketserver.ThreadingTCPServer):
         while not self.is_done():
             now = time.monotonic()
             self.watch_door(now)
-            due = self.next_due(now)
+            due = min(self.waiting.due, self.stop_deadline,
+                      *self.chores.values())
             for key, _ in self.selector.select(poll_timeout(due - now)):
-                if isinstance(key.data, FingerHandler):
-                    self.resume(key.data)
-                else:
-                    key.data(key.fileobj)
-            if self.inbox.replies:
-                self.take_replies()
-            if now >= due:
+                key.data(key.fileobj)
+            if now >= due:      # what has come since that look is not late
                 self.do_what_is_due(now)
-            self.inbox.act(self.stop)
         for handler in self.waiting.overdue(math.inf):
             self.resume(handler, ConnectionAbortedError())
         self.ended.set()
 
     def serve_one(self, sock: socket.socket) -> None:
         """Serve a connection that is open already, and no other."""
-        self.stop_deadline = math.inf
+        self.stopping = True
         self.process_request(sock, sock.getpeername())
         self.serve_forever()
 
     def is_done(self):
         """Is a stop at its end?"""
-        return self.stop_deadline is not None and not self.door.listeners and (
+        return self.stopping and not self.door.listeners and (
             not self.hosts.total or time.monotonic() >= self.stop_deadline)
 
-    def next_due(self, now):
-        """Give the time of the next timed action."""
-        if self.stop_deadline is not None and (
-                self.lingering.handlers or self.is_done()):
-            return now
-        return min(self.waiting.due,
-                   self.lingering.next_deadline(), self.door.next_due(now),
-                   self.stop_deadline or math.inf, *self.chores.values())
-
     def do_what_is_due(self, now):
-        """Act on deadlines.  now is a time before the last look at sockets:
-        what has come since is not late."""
-        self.look_at_lingering(now if self.stop_deadline is None else math.inf)
-        for handler in self.lingering.take(
-                {handler.key for handler in self.waiting.handlers[LATER]}):
-            self.resume(handler)
+        crowded = {handler.key for handler in self.waiting.handlers[LATER]}
+        for handler in list(crowded and self.waiting.handlers[LEFT]):
+            if handler.key in crowded:
+                self.resume(handler)
         for handler in self.waiting.overdue(now):
-            self.resume(handler, None if handler.wait is LATER else Deadline())
-        if now >= self.door.closes_at:
-            self.close_door()
+            self.resume(handler, None if handler.wait.seconds is not None
+                        else Deadline())
         for chore, due in list(self.chores.items()):
             if now >= due:
                 self.chores[chore] = now + chore()
@@ -2358,7 +2283,8 @@ class FingerServer(socketserver.ThreadingTCPServer):
         """Leave new clients in the kernel's queue while there is no room."""
         limit = self.answers.limits.max_clients
         if self.hosts.total >= limit:
-            self.look_at_lingering(math.inf)        # most of them have closed
+            for handler in list(self.waiting.handlers[LEFT]):
+                self.resume(handler)                # most of them have closed
             self.door.watch(self.selector, None)    # another is first then
         is_open = self.door.is_open(self.hosts.total, limit, now)
         self.door.watch(self.selector,
@@ -2366,20 +2292,26 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     def accept_clients(self, listener, most=0):
         """Accept as many as lately came at a time, if there is room."""
+        door = self.door
         room = self.answers.limits.max_clients - self.hosts.total
-        for _ in range(min(room, most or int(self.door.accepts))):
+        for _ in range(min(room, most or int(door.accepts))):
             try:
                 request, client_address = listener.accept()
             except BlockingIOError:
-                self.door.accepts = max(1.0, self.door.accepts * FEWER_ACCEPTS)
-                self.door.out_of_descriptors = False
+                door.accepts = max(1.0, door.accepts * FEWER_ACCEPTS)
+                door.starved_logged = False
                 return
             except OSError as error:
-                if self.door.pause(error, self.hosts.total, time.monotonic()):
+                if door.pause(error, self.hosts.total):
+                    self.chores[self.end_pause] = time.monotonic() + PAUSE
                     return
                 continue        # this one has left already: see accept(2)
             self.process_request(request, client_address)
-        self.door.accepts = min(self.door.accepts * MORE_ACCEPTS, ACCEPTS)
+        door.accepts = min(door.accepts * MORE_ACCEPTS, ACCEPTS)
+
+    def end_pause(self):
+        self.door.paused = False
+        return math.inf
 
     def process_request(self, request, client_address):
         """Serve a new client as far as it goes at once."""
@@ -2412,42 +2344,34 @@ class FingerServer(socketserver.ThreadingTCPServer):
         """Keep a handler until what it waits for has come."""
         if handler.wait is not NOTHING:
             self.forget(handler)
-        now = time.monotonic()
-        if wait is LEFT:
-            self.lingering.add(handler, now)
-            return
         try:
             if wait.events:
-                self.selector.register(handler.request, wait.events, handler)
+                self.selector.register(handler, wait.events, self.resume)
         except OSError as error:
             self.log.event("error", "starved", reason=reason(error))
             self.resume(handler, error)
             return
-        self.waiting.add(handler, wait, self.deadline_of(wait, now))
+        self.waiting.add(handler, wait,
+                         time.monotonic() + self.seconds_for(wait))
         if wait is ASK:
             self.lookups.add(handler)
             self.start_lookups()
 
-    def deadline_of(self, wait, now):
-        """Give the end of a client's time to wait: a timeout for each wait."""
-        if wait is LATER:
-            return now
-        if self.stop_deadline is not None and wait in (READ, CLOSE):
-            return now + GRACE
-        return now + self.answers.limits.timeout + GRACE * (wait is ASK)
+    def seconds_for(self, wait):
+        """Give a client's time to wait: a timeout for each wait."""
+        if wait.seconds is not None:
+            return wait.seconds
+        if self.stopping and wait in (READ, CLOSE):
+            return GRACE
+        return self.answers.limits.timeout + GRACE * (wait is ASK)
 
     def forget(self, handler):
         """Keep a handler no longer."""
         if handler.wait.events:
-            self.selector.unregister(handler.request)
+            self.selector.unregister(handler)
         elif handler.wait is ASK:
             self.lookups.give_up(handler)
         self.waiting.remove(handler)
-
-    def look_at_lingering(self, now):
-        """See whether those who were answered have closed."""
-        for handler in self.lingering.overdue(now):
-            self.resume(handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log a bug, with the traceback that leads to it."""
@@ -2494,13 +2418,18 @@ class FingerServer(socketserver.ThreadingTCPServer):
             self.inbox.replies.append((request, reply))
             self.inbox.wake()
 
-    def take_replies(self):
-        """Go on with the clients that threads have answered."""
+    def read_inbox(self, woken):
+        """Act on signals; go on with the clients that threads have answered.
+        """
+        with contextlib.suppress(BlockingIOError):
+            woken.recv(READ_SIZE)
+        while self.inbox.signals:
+            self.inbox.actions.get(self.inbox.signals.popleft(), self.stop)()
         while self.inbox.replies:
             handler, reply = self.inbox.replies.popleft()
-            self.lookups.end(handler)
             if handler.wait is ASK:         # else its time was over
                 self.resume(handler, reply)
+            self.lookups.end(handler)
         self.start_lookups()
 
     # Changes, and the end.
@@ -2515,19 +2444,24 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     def stop(self) -> None:
         """Take no new clients; have serve_forever() end with the last one."""
-        if self.stop_deadline is None:
-            now = time.monotonic()
-            self.stop_deadline = now + self.answers.limits.timeout + GRACE
-            self.waiting.hurry(now + GRACE, READ, CLOSE)
-            self.door.close_soon(now)
+        if self.stopping:
+            return
+        now = time.monotonic()
+        self.stopping = True
+        self.stop_deadline = now + self.answers.limits.timeout + GRACE
+        self.waiting.hurry(now + GRACE, READ, CLOSE)
+        self.chores[self.close_door] = now
+        with contextlib.suppress(OSError):      # we may not, or cannot
+            self.door.drop_new_connections()
+            self.chores[self.close_door] = now + LAST_CALL
 
     def close_door(self):
         """Accept those who are there, and close the listening sockets."""
-        for listener in self.door.listeners * (1 + BACKLOG // ACCEPTS):
-            self.accept_clients(listener, ACCEPTS)
+        for listener in self.door.listeners:
+            self.accept_clients(listener, BACKLOG)
         self.door.watch(self.selector, None)
         self.door.close()
-        self.door.closes_at = math.inf
+        return math.inf
 
     def shutdown(self) -> None:
         """Stop from another thread, and wait for the end."""
@@ -2538,8 +2472,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
     def server_close(self) -> None:
         """Close every socket there is."""
         self.door.close()
-        for handlers in (*self.waiting.handlers.values(),
-                         self.lingering.handlers):
+        for handlers in self.waiting.handlers.values():
             for handler in handlers:
                 handler.request.close()
         self.selector.close()

@@ -1815,7 +1815,7 @@ class BackendsTest(ServerCase):
         self.assertTrue(backend.entered.acquire(timeout=HANG))
         server.server.inbox.signals.append(signal.SIGTERM)
         server.server.inbox.wake()
-        wait_until(lambda: server.server.stop_deadline, "the stop")
+        wait_until(lambda: server.server.stopping, "the stop")
         backend.release.set()
         self.assertEqual(read_all(sock), b"held bob\r\n")
         self.assertTrue(server.server.ended.wait(HANG))
@@ -2244,24 +2244,17 @@ class LoopTest(unittest.TestCase):
         self.assertEqual([*waiting.overdue(6.9)], [])
         self.assertEqual((waiting.due, a.deadline), (7, 9))
 
-    def test_those_that_were_answered_have_a_moment_to_close(self):
-        lingering = fingerd.Lingering()
+    def test_whoever_leaves_while_others_are_ended_is_not_ended_again(self):
+        waiting = fingerd.Waiting()
         a, b = map(Stub, "ab")
-        self.assertEqual(lingering.next_deadline(), math.inf)
-        lingering.add(a, 1.0)
-        lingering.add(b, 1.01)
-        self.assertEqual(lingering.next_deadline(), 1.0 + fingerd.LINGER)
-        self.assertEqual(list(lingering.overdue(1.0)), [])
-        self.assertEqual(list(lingering.overdue(1.0 + fingerd.LINGER)), [a])
-        self.assertEqual(lingering.take({"a"}), [])
-        self.assertEqual(lingering.take({"a", "b"}), [b])
-
-    def test_of_many_answered_the_oldest_are_looked_at_before(self):
-        lingering = fingerd.Lingering()
-        stubs = [Stub(str(n)) for n in range(fingerd.MAX_LINGERING + 3)]
-        for stub in stubs:
-            lingering.add(stub, 1.0)
-        self.assertEqual(list(lingering.overdue(1.0)), stubs[:3])
+        for stub in (a, b):
+            waiting.add(stub, fingerd.LEFT, 1)
+        due = []
+        for stub in waiting.overdue(1):
+            due.append(stub)
+            for each in (a, b):
+                waiting.remove(each)
+        self.assertEqual((due, waiting.due), ([a], math.inf))
 
     def test_threads_are_given_address_by_address(self):
         lookups = fingerd.Lookups()
@@ -2274,6 +2267,7 @@ class LoopTest(unittest.TestCase):
             lookups.begin(order[-1])
         self.assertEqual("".join(stub.key for stub in order), "abcab")
         self.assertEqual(order[0], stubs[0])
+        lookups.give_up(order[0])
         lookups.end(order[0])
         self.assertEqual(lookups.next(8), stubs[2])
         self.assertEqual(lookups.next(4), None)
@@ -2289,15 +2283,16 @@ class LoopTest(unittest.TestCase):
 
     def test_late_threads_give_their_places_to_others_but_not_for_ever(self):
         lookups = fingerd.Lookups()
+        given = []
         for n in range(9):
             stub = Stub(str(n))
             lookups.add(stub)
             if lookups.next(2):
                 lookups.begin(stub)
                 lookups.give_up(stub)
+            given += [stub] * (stub not in lookups.queued.get(stub.key, ()))
         self.assertEqual(lookups.threads.total, 4)
-        late = sorted(lookups.late, key=repr)
-        lookups.end(late[0])
+        lookups.end(given[0])
         self.assertEqual(repr(lookups.next(2)), "4")
 
     def test_whoever_leaves_the_queue_is_not_asked_for(self):
@@ -2306,7 +2301,6 @@ class LoopTest(unittest.TestCase):
         lookups.add(a)
         lookups.add(b)
         lookups.give_up(a)
-        self.assertFalse(lookups.queues(a))
         self.assertEqual(lookups.next(1), b)
         lookups.give_up(b)
         self.assertEqual((lookups.next(1), lookups.threads), (None, {}))
@@ -2331,15 +2325,13 @@ class LoopTest(unittest.TestCase):
     def test_the_door_pauses_for_want_of_descriptors(self):
         door = fingerd.Door([], fingerd.Log())
         with mock.patch.object(door.log, "event") as event:
-            for now in (1, 2.5):
-                self.assertTrue(door.pause(OSError(errno.EMFILE, "x"), 7, now))
+            for _ in range(2):
+                self.assertTrue(door.pause(OSError(errno.EMFILE, "x"), 7))
         event.assert_called_once_with("error", "starved", reason="x",
                                       clients=7)
         self.assertFalse(door.is_open(7, 9, 3))
-        self.assertEqual(door.next_due(3), 3.5)
-        self.assertTrue(door.is_open(7, 9, 3.5))
-        self.assertEqual(door.next_due(3.5), math.inf)
-        self.assertFalse(door.pause(OSError(errno.ECONNABORTED, "x"), 7, 4))
+        self.assertFalse(door.pause(OSError(errno.ECONNABORTED, "x"), 7))
+        self.assertTrue(door.is_open(7, 9, 3))
 
 
 class LimitsTest(ServerCase):
@@ -2579,22 +2571,26 @@ class LimitsTest(ServerCase):
                                  time.monotonic() + fingerd.GRACE)
             for wait, seconds in ((fingerd.CLOSE, fingerd.GRACE),
                                   (fingerd.WRITE, 10)):
-                self.assertEqual(server.deadline_of(wait, 5), 5 + seconds)
+                self.assertEqual(server.seconds_for(wait), seconds)
 
     @unittest.skipUnless(sys.platform == "linux", "only Linux filters SYNs")
     @needs_root     # some kernels let nobody else
     def test_waits_a_moment_for_those_on_their_way_before_it_closes(self):
         listener, = fingerd.open_listeners([("127.0.0.1", 0)])
         with listener:
-            door = fingerd.Door([listener], fingerd.Log())
-            door.close_soon(5)
-            self.assertEqual(door.next_due(5), 5 + fingerd.LAST_CALL)
+            log = fingerd.Log()
+            with fingerd.FingerServer([listener], fingerd.Answers(
+                    read_config(""), log), log) as server:
+                now = time.monotonic()
+                server.stop()
+                self.assertGreaterEqual(server.chores[server.close_door],
+                                        now + fingerd.LAST_CALL)
 
     def test_does_not_cut_off_a_socket_on_which_systemd_listens(self):
         listener, = fingerd.open_listeners([("127.0.0.1", 0)])
         with listener:
             listener.passed = True
-            fingerd.drop_new_connections(listener)
+            fingerd.Door([listener], None).drop_new_connections()
             connect(listener.getsockname()).close()
 
     @unittest.skipUnless(sys.platform == "linux", "only Linux filters SYNs")
@@ -2602,7 +2598,7 @@ class LimitsTest(ServerCase):
     def test_opens_no_connection_once_a_stop_has_begun(self):
         listener, = fingerd.open_listeners([("127.0.0.1", 0)])
         with listener, connect(listener.getsockname()):
-            fingerd.drop_new_connections(listener)
+            fingerd.Door([listener], None).drop_new_connections()
             with self.assertRaises(socket.timeout):
                 connect(listener.getsockname(), timeout=0.1)
             listener.accept()[0].close()
