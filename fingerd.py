@@ -2965,41 +2965,34 @@ def open_terminal() -> int | None:
         return None
 
 
-class Notifier(contextlib.AbstractContextManager):
+class Notifier(socket.socket):
     """Reports to systemd (sd_notify(3)); without one it does nothing."""
 
-    def __init__(self) -> None:
-        """Connect now: in a chroot the path is out of reach."""
-        path = os.environ.pop("NOTIFY_SOCKET", "")
-        period = os.environ.pop("WATCHDOG_USEC", "")
-        pid = os.environ.pop("WATCHDOG_PID", str(os.getpid()))
-        self.sock: socket.socket | None = None
-        self.period = 0.0       # seconds between signs of life; 0 for none
-        if not path:
-            return
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        try:
-            self.sock.connect("\0" + path[1:] if path[0] == "@" else path)
-        except OSError as error:
-            self.sock.close()
-            raise StartError("cannot reach NOTIFY_SOCKET:"
-                             f" {reason(error)}") from None
-        if re.fullmatch("[0-9]{1,15}", period) and pid == str(os.getpid()):
-            self.period = int(period) / 2e6
+    period = 0.0            # seconds between signs of life; 0 for none
 
-    def send(self, *lines: str) -> None:
-        if self.sock:
-            with contextlib.suppress(OSError):
-                self.sock.send("\n".join(lines).encode(), DONT_WAIT)
+    def __init__(self) -> None:
+        super().__init__(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+    def find_systemd(self) -> None:
+        """Connect, if there is one.  Later a chroot may hide the path."""
+        path = os.environ.get("NOTIFY_SOCKET")
+        period = os.environ.get("WATCHDOG_USEC", "")
+        pid = str(os.getpid())
+        if path:
+            with attempt("reach NOTIFY_SOCKET"):
+                self.connect("\0" + path[1:] if path[0] == "@" else path)
+            if re.fullmatch("[0-9]{1,15}", period) and (
+                    os.environ.get("WATCHDOG_PID", pid) == pid):
+                self.period = int(period) / 2e6
+
+    def report(self, *lines: str) -> None:
+        with contextlib.suppress(OSError):      # nobody is there
+            self.send("\n".join(lines).encode(), DONT_WAIT)
 
     def send_sign_of_life(self) -> float:
         """Send it, and give the seconds until the next is due."""
-        self.send("WATCHDOG=1")
+        self.report("WATCHDOG=1")
         return self.period
-
-    def __exit__(self, *exception: object) -> None:
-        if self.sock:
-            self.sock.close()
 
 
 class Daemon:
@@ -3029,7 +3022,7 @@ class Daemon:
         daemon = self.config.daemon
         os.umask(daemon.umask)
         sys.setswitchinterval(TURN)
-        site = Answers(self.config, self.log)
+        answers = Answers(self.config, self.log)
         with contextlib.ExitStack() as opened:
             pidfile = daemon.pidfile and Pidfile(self.path(daemon.pidfile))
             if pidfile:
@@ -3041,16 +3034,17 @@ class Daemon:
             self.ids = choose_ids(daemon)
             self.open_log(self.config)
             self.notifier = opened.enter_context(Notifier())
+            self.notifier.find_systemd()
             null = opened.enter_context(open(os.devnull, "r+b", 0))
             self.terminal = None if daemon.daemonize else open_terminal()
-            self.give_up_rights(site)
+            self.give_up_rights(answers)
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)   # for later
             launcher = daemonize() if daemon.daemonize else None
             if pidfile:
                 pidfile.write()
             fit_max_clients(self.config, self.log)
             self.server = opened.enter_context(
-                FingerServer(listeners, site, self.log))
+                FingerServer(listeners, answers, self.log))
             self.watch_signals()
             self.report_ready(listeners)
             if launcher is not None:
@@ -3061,15 +3055,15 @@ class Daemon:
     def serve_inetd(self, sock: socket.socket) -> None:
         """Serve the one connection that inetd(8) has accepted."""
         os.umask(self.config.daemon.umask)
-        site = Answers(self.config, self.log)
+        answers = Answers(self.config, self.log)
         self.ids = choose_ids(self.config.daemon)
         try:
             self.open_log(self.config)
         except StartError:
             if self.config.log.to != "syslog":
                 raise           # without syslog only the log is lost
-        self.give_up_rights(site)
-        with FingerServer([], site, self.log) as server:
+        self.give_up_rights(answers)
+        with FingerServer([], answers, self.log) as server:
             try:
                 server.serve_one(sock)
             except OSError as error:
@@ -3077,7 +3071,7 @@ class Daemon:
                     raise       # else it had left before it had an address
                 self.log.query("unknown", 0, b"", GONE, 0, 0)
 
-    def give_up_rights(self, site: Answers) -> None:
+    def give_up_rights(self, answers: Answers) -> None:
         """Enter the chroot and the rundir, and become the user."""
         daemon = self.config.daemon
         rundir = daemon.rundir or (
@@ -3086,7 +3080,7 @@ class Daemon:
             load_late_imports()
         with attempt("enter chroot or rundir"):
             if daemon.chroot:
-                site.resolve_hops()
+                answers.resolve_hops()
                 os.chroot(daemon.chroot)
                 os.chdir("/")
                 self.root = os.path.normpath(daemon.chroot)
@@ -3127,7 +3121,7 @@ class Daemon:
             address_text(listener.getsockname()) for listener in listeners),
             backend=",".join(name for name, _ in self.config.backends),
             **user, pid=os.getpid())
-        self.notifier.send("READY=1", f"MAINPID={os.getpid()}")
+        self.notifier.report("READY=1", f"MAINPID={os.getpid()}")
         if self.notifier.period:
             self.server.chores[self.notifier.send_sign_of_life] = 0.0
         self.keep_stats()
@@ -3189,15 +3183,14 @@ class Daemon:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def stop(self, name: str) -> None:
-        self.notifier.send("STOPPING=1")
+        self.notifier.report("STOPPING=1")
         self.stopped_by = name
         self.server.stop()
 
     def hang_up(self) -> None:
-        """Stop if the terminal has gone that we were started from, or reload.
+        """Stop if the terminal that started us has gone, else reload.
 
-        Nobody sees a log on a terminal that has gone.  /dev/tty could not be
-        opened in a chroot, so this asks by a descriptor.
+        /dev/tty could not be opened in a chroot, so this asks by a descriptor.
         """
         try:
             if self.terminal is not None:
@@ -3214,14 +3207,15 @@ class Daemon:
         """
         if self.stopped_by:
             return
-        self.notifier.send("RELOADING=1",
-                           f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self.notifier.report(
+            "RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             with contextlib.suppress(StartError):   # it stays as it is
                 self.open_log(self.config)
             path = self.path(self.config.path)
+            # A pipe could have us wait.
             if os.path.exists(path) and not os.path.isfile(path):
-                raise ConfigError(f"{path} is not a regular file")  # may wait
+                raise ConfigError(f"{path} is not a regular file")
             self.change_config(self.reader(path, old=self.config))
             self.reloads["ok"] += 1
         except Exception as error:      # whatever it is, the old one serves
@@ -3230,16 +3224,16 @@ class Daemon:
             for line in text.splitlines():
                 self.log.event("warning", "reload-failed", reason=line)
             self.reloads["failed"] += 1
-        self.notifier.send("READY=1")
+        self.notifier.report("READY=1")
 
     def change_config(self, config: Any) -> None:
         """Use another config; StartError if its log cannot be opened."""
-        site = Answers(config, self.log)
+        answers = Answers(config, self.log)
         config.path = self.config.path      # not as it is seen in a chroot
         self.log_unreloadable(config)
         self.open_log(config)
         fit_max_clients(config, self.log)
-        self.server.change_answers(site)
+        self.server.change_answers(answers)
         self.config = config
         self.keep_stats()
         gc.collect()        # urllib's openers are cycles, with certificates
