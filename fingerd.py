@@ -651,10 +651,10 @@ KINDS: dict[str, Callable[[str], Any]] = {
 CORE: dict[str, tuple[tuple[str, ...], ...]] = {
     "server": (
         ("listen", "addresses", "localhost:1079",
-         "addresses to answer on: host:port, [v6]:port, *:port", "--listen"),
+         "where to answer: host:port, [v6]:port, *:port", "--listen"),
         ("backend", "backends", "users", "backends to ask, in order"),
         ("user_list", "yes/no", "no", "list users for the empty query?"),
-        ("forward", "next hops", "no", "hosts that user@host is sent to"),
+        ("forward", "next hops", "no", "hosts to ask for user@host"),
         ("welcome", "text", "", "text for the empty query, instead of a list"),
         ("header", "text", "", "text above each answer"),
         ("footer", "text", "", "text below each answer"),
@@ -3601,8 +3601,8 @@ def settings_text() -> str:
     for row in rows:
         if f"[{row.section}]" not in lines:
             lines += ["", f"[{row.section}]"]
-        lines += [f"  {row.name} = {row.default}".rstrip(),
-                  f"        {row.help}"]
+        text = f"  {row.name} = {row.default}"
+        lines.append(f"{text:29} {row.help}")
     return "\n".join(lines)
 
 

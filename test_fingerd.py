@@ -1159,7 +1159,7 @@ class ExampleTest(unittest.TestCase):
             section = out.partition(f"\n[{row.section}]\n")[2]
             self.assertIn(f"  {row.name} = {row.default}".rstrip(),
                           section.partition("\n\n")[0])
-        self.assertIn("\n[users]\n  NAME = TEXT\n", out)
+        self.assertIn("\n[users]\n  NAME = TEXT  ", out)
         for flags, *_ in (*fingerd.OPTIONS, *fingerd.SWITCHES):
             for flag in flags:
                 self.assertRegex(out, rf"(?m)^  (.* )?{flag}\b")
