@@ -1241,25 +1241,20 @@ class LogTest(unittest.TestCase):
 
     def test_writes_the_line_of_a_query(self):
         reply = fingerd.Reply("answered", b"x" * 412, "users")
-        line, = self.lines(lambda log: log.query(
-            "192.0.2.7", 51123, b"/W alice", reply, 412, 3))
-        self.assertRegex(line, r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ query")
-        self.assertEqual(
-            line.partition(" ")[2],
-            'query client=192.0.2.7 port=51123 q="/W alice" outcome=answered'
-            ' backend=users bytes=412 ms=3')
 
-    def test_writes_the_same_keys_as_json(self):
-        reply = fingerd.Reply("answered", b"x" * 412, "users")
-        line, = self.lines(lambda log: log.query(
-            "192.0.2.7", 51123, 'a"\n\u00e9\x1b'.encode() + b"\xe9", reply,
-            412, 3), format="json")
-        fields = json.loads(line)
+        def write(log):
+            for line in (b"/W alice", 'a"\n\u00e9\x1b'.encode() + b"\xe9"):
+                log.query("192.0.2.7", 51123, line, reply, 412, 3)
+        self.assertRegex(self.lines(write)[0],
+                         r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ query client="
+                         r'192\.0\.2\.7 port=51123 q="/W alice" outcome='
+                         "answered backend=users bytes=412 ms=3$")
+        fields = json.loads(self.lines(write, format="json")[1])
         self.assertRegex(fields.pop("time"), r"^\d{4}-.*Z$")
-        self.assertEqual(list(fields), ["event", "client", "port", "q",
-                                        "outcome", "backend", "bytes", "ms"])
-        self.assertEqual(fields["q"], 'a"\n\u00e9\x1b\\xe9')
-        self.assertEqual((fields["event"], fields["bytes"]), ("query", 412))
+        self.assertEqual(list(fields.items()), [
+            ("event", "query"), ("client", "192.0.2.7"), ("port", 51123),
+            ("q", 'a"\n\u00e9\x1b\\xe9'), ("outcome", "answered"),
+            ("backend", "users"), ("bytes", 412), ("ms", 3)])
 
     def test_quotes_what_could_break_a_line_or_a_value(self):
         for text, quoted in [
@@ -1865,33 +1860,29 @@ class BackendsTest(ServerCase):
         server.wait_log('q="bob" outcome=gone backend=- bytes=0')
 
 
-class ForwardTest(unittest.TestCase):
+class ForwardTest(ServerCase):
     # 127.1 is 127.0.0.1 as a host with a name that is not this server's own.
 
     def test_hands_a_query_on_and_the_answer_back(self):
-        with serving() as hop, serving(
-                f"[server]\nforward = 127.1:{hop.address[1]}\nheader = above\n"
-                "[users]\nmoshez = not this one\n") as server:
-            for line, reply in [
-                    (b"moshez@127.1\r\n", HAPPY),
-                    (b"moshez@127.1.@localhost\r\n", HAPPY),
-                    (b"/W moshez@127.1\r\n", HAPPY),
-                    (b"bob@127.1\r\n", UNKNOWN),
-                    (b"@127.1\r\n", b"Finger online user list denied\r\n"),
-                    (b"moshez@example.org@127.1\r\n",
-                     b"Finger forwarding service denied\r\n"),
-                    (b"moshez@@127.1\r\n",
-                     b"Finger forwarding service denied\r\n"),
-                    (b"moshez@127.1@example.org\r\n",
-                     b"Finger forwarding service denied\r\n"),
-                    (b"moshez alice@127.1\r\n",
-                     b"Finger forwarding service denied\r\n")]:
+        hop = self.serve()
+        server = self.serve(
+            f"[server]\nforward = 127.1:{hop.address[1]}\nheader = above\n"
+            "[users]\nmoshez = not this one\n")
+        for reply, *lines in [
+                (HAPPY, b"moshez@127.1", b"moshez@127.1.@localhost",
+                 b"/W moshez@127.1"),
+                (UNKNOWN, b"bob@127.1"),
+                (b"Finger online user list denied\r\n", b"@127.1"),
+                (b"Finger forwarding service denied\r\n",
+                 b"moshez@example.org@127.1", b"moshez@@127.1",
+                 b"moshez@127.1@example.org", b"moshez alice@127.1")]:
+            for line in lines:
                 with self.subTest(line=line):
-                    self.assertEqual(server.ask(line), reply)
-            server.wait_log("outcome=forwarded", 6)
-            hop.wait_log('q="/W moshez"')
-            hop.wait_log('q="" outcome=list-denied')
-            hop.wait_log('q="moshez@example.org"')
+                    self.assertEqual(server.ask(line + b"\r\n"), reply)
+        server.wait_log("outcome=forwarded", 6)
+        hop.wait_log('q="/W moshez"')
+        hop.wait_log('q="" outcome=list-denied')
+        hop.wait_log('q="moshez@example.org"')
 
     def ask_hop(self, said, limits="", close=True):
         """Forward to a server that says this; give the reply, and the log."""
@@ -1938,34 +1929,30 @@ class ForwardTest(unittest.TestCase):
             self.assertLess(len(parts), 250)
 
     def test_goes_round_in_no_circle(self):
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        with serving(f"[server]\nforward = 127.1:{port}\n" + USERS,
-                     listen=f"127.0.0.1:{port}") as server:
-            self.assertEqual(server.ask(b"moshez@127.1\r\n"), FAILED)
-            server.wait_log("the next hop is this server itself")
-            site = server.server.answers    # nor after a reload
-            server.server.change_answers(
-                fingerd.Answers(site.config, site.log))
-            self.assertEqual(server.ask(b"moshez@127.1\r\n"), FAILED)
-            server.wait_log("the next hop is this server itself", 2)
-            self.assertEqual(server.ask(b"moshez" + b"@127.1" * 5 + b"\r\n"),
-                             b"Finger forwarding service denied\r\n")
+        port = free_port()
+        server = self.serve(f"[server]\nforward = 127.1:{port}\n" + USERS,
+                            listen=f"127.0.0.1:{port}")
+        self.assertEqual(server.ask(b"moshez@127.1\r\n"), FAILED)
+        server.wait_log("the next hop is this server itself")
+        site = server.server.answers    # nor after a reload
+        server.server.change_answers(fingerd.Answers(site.config, site.log))
+        self.assertEqual(server.ask(b"moshez@127.1\r\n"), FAILED)
+        server.wait_log("the next hop is this server itself", 2)
+        self.assertEqual(server.ask(b"moshez" + b"@127.1" * 5 + b"\r\n"),
+                         b"Finger forwarding service denied\r\n")
 
     @needs_more_addresses
     def test_does_not_ask_itself_by_any_address_of_its_host(self):
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        for hop in ("127.0.0.2", "0.0.0.0", "localhost"):
+        port = free_port()
+        for hop, reply in (
+                ("127.0.0.2", FAILED), ("0.0.0.0", FAILED),
+                ("localhost", b"Finger forwarding service denied\r\n")):
             with serving(f"[server]\nforward = {hop}:{port}\n"
                          "hostname = x.example\n" + USERS,
                          listen=f"*:{port}") as server:
-                address = ("127.0.0.1", port)
-                self.assertEqual(
-                    ask(address, f"moshez@x@{hop}\r\n".encode()),
-                    FAILED if hop != "localhost" else
-                    b"Finger forwarding service denied\r\n")
-                if hop != "localhost":
+                query = f"moshez@x@{hop}\r\n".encode()
+                self.assertEqual(ask(("127.0.0.1", port), query), reply)
+                if reply == FAILED:
                     server.wait_log("the next hop is this server itself")
 
     def test_a_dead_address_of_a_next_hop_does_not_starve_the_next(self):
@@ -1981,11 +1968,9 @@ class ForwardTest(unittest.TestCase):
         reply, log = self.ask_hop(b"some", "timeout = 0.2", close=False)
         self.assertEqual(reply, FAILED)
         self.assertRegex(log[0], r'failed forward="?127\.1:\d+"? .*reason=')
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            port = listener.getsockname()[1]
-        with serving(f"[server]\nforward = 127.1:{port}\n") as server:
-            self.assertEqual(server.ask(b"x@127.1\r\n"), FAILED)
-            server.wait_log('reason="connection refused"')
+        server = self.serve(f"[server]\nforward = 127.1:{free_port()}\n")
+        self.assertEqual(server.ask(b"x@127.1\r\n"), FAILED)
+        server.wait_log('reason="connection refused"')
 
 
 def proxy_2(kind=0x11, body=b"", command=0x21):
@@ -3788,13 +3773,11 @@ class SyslogTest(unittest.TestCase):
 
     def test_a_reload_looks_no_syslog_up(self):
         with background(start=False) as program:
-            path = os.path.join(program.directory, "socket")
             text = f"[log]\nto = {program.log_path}\n"
             program.write(text + USERS)
-            pid, out, err = run_fingerd(    # the command line would override
-                "--config", program.config, "--pidfile", program.pidfile,
-                "--daemon", "--listen", "127.0.0.1:0")
-            self.assertEqual((pid, out, err), (0, "", ""))
+            self.assertEqual(       # the command line would override
+                program.run("--daemon", "--listen", "127.0.0.1:0"),
+                (0, "", ""))
             program.write("[log]\nto = syslog\n"
                           "syslog_address = host.invalid:514\n" + USERS)
             os.kill(program.pid, signal.SIGHUP)
@@ -3806,7 +3789,6 @@ class SyslogTest(unittest.TestCase):
             program.wait_log(" reloaded ", 2)
             self.assertEqual(len([line for line in program.log()
                                   if "not-reloaded" in line]), 2)
-            self.assertFalse(os.path.exists(path))
 
     def test_a_fault_under_inetd_is_sent_there(self):
         with tempfile.TemporaryDirectory() as directory:
