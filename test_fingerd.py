@@ -6172,7 +6172,7 @@ class WebBackendTest(BackendCase):
         late = raw(b"", b"HTTP/1.1 200 Go on\r\n\r\n", pause=0.5)
         found = b"HTTP/1.1 302 x\r\nLocation: /~x\r\n"
         _, port = self.enter(full_listener()).getsockname()
-        stages = {
+        stages: dict[str, Any] = {
             "connect": {"url": f"http://127.0.0.1:{port}"},
             "silence": {"page": wait_for_end},
             "status": {"page": drip(b"HTTP")},
