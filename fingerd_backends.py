@@ -569,7 +569,7 @@ def join_pieces(pieces):
 
 PORTS = {"http": 80, "https": 443}
 BUFFER = 65536      # bytes that are read of a connection at once
-AROUND = 65536      # bytes around a body: headers, sizes of chunks, trailers
+AROUND = 131072     # bytes around a body: headers, sizes of chunks, trailers
 
 
 class ChrootCache:
@@ -601,33 +601,8 @@ def plain_failure(error: Exception) -> OSError:
     return (TimeoutError if late else OSError)(reason)
 
 
-class Turn(threading.local):
-    """Lets one thread at a time work on what an origin has sent.
-
-    More would not be done sooner, and the server would wait for each of them
-    whenever it wants to go on.
-    """
-
-    lock = threading.Lock()
-    held = False                # by this thread
-
-    def take(self, deadline):
-        if not self.lock.acquire(timeout=seconds_left(deadline)):
-            raise TimeoutError("other pages took the time: timed out")
-        self.held = True
-
-    def give(self):
-        if self.held:
-            self.held = False
-            self.lock.release()
-
-
-turn = Turn()
-
-
 def dial(address, timeout, source=None):
     """Connect as socket.create_connection does, with one deadline."""
-    turn.give()     # after a redirect
     deadline, failure = time.monotonic() + timeout, OSError("no address")
     hosts = find_addresses(address[0])
     for tried, host in enumerate(hosts):
@@ -643,10 +618,17 @@ def dial(address, timeout, source=None):
 
 
 class BoundedFile(io.RawIOBase):
-    """What an origin sends, bounded in time and bytes, headers and all."""
+    """What an origin sends, bounded in time and bytes, headers and all.
 
-    def __init__(self, *args):
-        self.sock, self.file, self.deadline, self.left = args
+    The thread whose turn it is gives it up while it waits.
+    """
+
+    turn = threading.Lock()
+    has_turn = False
+
+    def __init__(self, sock, file, deadline):
+        self.sock, self.file, self.deadline = sock, file, deadline
+        self.left = AROUND
 
     def readable(self):
         return True
@@ -654,13 +636,32 @@ class BoundedFile(io.RawIOBase):
     def readinto(self, buffer):
         if not self.left:
             raise OSError("headers, chunk sizes or trailers are too long")
-        turn.give()
+        had_turn = self.end_turn()
         # A timeout of the socket alone starts again with each byte.
         self.sock.settimeout(seconds_left(self.deadline))
         count = self.file.readinto(memoryview(buffer)[:self.left])
         self.left -= count
-        turn.take(self.deadline)
+        # For the TLS handshake that may follow a proxy's answer.
+        self.sock.settimeout(seconds_left(self.deadline))
+        if had_turn:
+            self.begin_turn()
         return count
+
+    def begin_turn(self):
+        """Wait until no other thread works on a page.
+
+        More at a time would not be done sooner, and the server has to wait
+        for each thread that wants to run.
+        """
+        if not self.turn.acquire(timeout=seconds_left(self.deadline)):
+            raise TimeoutError("other pages took the time: timed out")
+        self.has_turn = True
+
+    def end_turn(self):
+        had_turn, self.has_turn = self.has_turn, False
+        if had_turn:
+            self.turn.release()
+        return had_turn
 
     def close(self):
         self.file.close()
@@ -670,10 +671,6 @@ class BoundedFile(io.RawIOBase):
 class BoundedHandler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     """urllib's handler of http and https, what it reads bounded."""
 
-    def __init__(self, limit):
-        super().__init__(context=ssl.create_default_context())
-        self.limit = limit
-
     def do_open(self, http_class, req, **options):
         deadline = time.monotonic() + req.timeout
         if ChrootCache.tls and "context" in options:
@@ -682,22 +679,13 @@ class BoundedHandler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
         def respond(sock, **options):
             response = http.client.HTTPResponse(sock, **options)
             response.fp = io.BufferedReader(BoundedFile(
-                sock, response.fp.detach(), deadline, self.limit), BUFFER)
+                sock, response.fp.detach(), deadline), BUFFER)
             return response
 
         def connect(host, **options):
             connection = http_class(host, **options)
             connection._create_connection = dial
             connection.response_class = respond
-            open_tunnel = connection._tunnel
-
-            def open_tunnel_in_time():
-                open_tunnel()
-                # A TLS handshake follows.
-                turn.give()
-                connection.sock.settimeout(seconds_left(deadline))
-
-            connection._tunnel = open_tunnel_in_time
             return connection
 
         return super().do_open(connect, req, **options)
@@ -810,7 +798,8 @@ class WebBackend:
             ("User-Agent", "fingerd/" + __version__),
             ("Accept", "text/plain, text/html;q=0.9, text/*;q=0.8")]
         self.opener.add_handler(urllib.request.ProxyHandler())
-        self.opener.add_handler(BoundedHandler(options["max_output"] + AROUND))
+        self.opener.add_handler(
+            BoundedHandler(context=ssl.create_default_context()))
         for name in CODECS | {"idna"}:      # later they may be out of reach
             codecs.lookup(name)
 
@@ -863,7 +852,6 @@ class WebBackend:
                 self._renew(page, url, asked + timeout)
             text, failure = page.text, page.failure
         finally:
-            turn.give()
             page.lock.release()
         if failure:
             raise type(failure)(f"GET {url}: {failure}")
@@ -941,12 +929,18 @@ class WebBackend:
             raise OSError(f'its type "{kind}" is not text')
         if coding not in ("", "identity"):
             raise OSError(f'its encoding "{coding}" was not asked for')
-        limit = self.options["max_output"]
-        body = read_body(response, limit)
-        named = CHARSET.search(response.headers.get("Content-Type", ""))
-        codec = choose_codec(named[1] if named else "", body, found["html"])
-        return make_text(body, codec, limit,
-                         html_text if found["html"] else str)
+        limit, source = self.options["max_output"], response.fp.raw
+        source.left += limit
+        source.begin_turn()
+        try:
+            body = read_body(response, limit)
+            named = CHARSET.search(response.headers.get("Content-Type", ""))
+            codec = choose_codec(named[1] if named else "", body,
+                                 found["html"])
+            return make_text(body, codec, limit,
+                             html_text if found["html"] else str)
+        finally:
+            source.end_turn()
 
 
 # ---- Files as an enemy wrote them -------------------------------------------

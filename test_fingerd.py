@@ -6003,7 +6003,7 @@ class WebBackendTest(BackendCase):
     def test_turns_one_page_at_a_time_into_text(self):
         origin = self.start_origin({"/~x": text_page("hi\n")})
         backend = self.make_web(origin)
-        lock = fingerd_backends.turn.lock
+        lock = fingerd_backends.BoundedFile.turn
         with lock, self.takes(0.15, 0.15 + PROMPT):
             self.assert_fails("other pages took the time: timed out$",
                               self.ask, backend, "x", False, 0.15,
@@ -6115,7 +6115,7 @@ class WebBackendTest(BackendCase):
             **{f"a chunk of {size!r}": (CHUNKED + size + b"\r\n", line, cut)
                for size in (b"-1", b" -1", b"-0x1", b"-1_0", b"f" * 999,
                             b"0xfff_fff", b"+fffff")},
-            "small chunks": (CHUNKED, b"1;%s\r\nx\r\n" % (b"y" * 999), many),
+            "small chunks": (CHUNKED, b"1;%s\r\nx\r\n" % (b"y" * 1999), many),
             "a huge negative chunk": (CHUNKED + b"-" + b"f" * 999 + b"\r\n",
                                       line, OSError("OverflowError")),
             "a size": (CHUNKED, b"0" * 999, OSError("LineTooLong")),
