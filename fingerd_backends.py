@@ -81,6 +81,13 @@ def seconds_left(deadline: float) -> float:
     return left
 
 
+def refuse(*errors: Any) -> None:
+    """Raise those errors that are texts as one ValueError, if any is."""
+    lines = [error for error in errors if error]
+    if lines:
+        raise ValueError("\n".join(lines))
+
+
 def check_all(*checks: Callable[[], Any]) -> list[Any]:
     """Give what the checks give, or raise all their ValueErrors as one."""
     results, errors = [], []
@@ -88,17 +95,9 @@ def check_all(*checks: Callable[[], Any]) -> list[Any]:
         try:
             results.append(check())
         except ValueError as error:
-            errors.append(str(error))
-    if errors:
-        raise ValueError("\n".join(errors))
+            errors.append(error)
+    refuse(*map(str, errors))
     return results
-
-
-def refuse(*errors: Any) -> None:
-    """Raise those errors that are texts as one ValueError, if any is."""
-    lines = [error for error in errors if error]
-    if lines:
-        raise ValueError("\n".join(lines))
 
 
 class NamePattern:
@@ -108,7 +107,8 @@ class NamePattern:
         wrong = "" if pattern else "is empty; write e.g. [a-z]+"
         try:
             self.regex = re.compile(pattern)
-            name = find_slow_name(self.regex)
+            name = (threading.current_thread() is threading.main_thread()
+                    and find_slow_name(self.regex))     # signals need it
             if name:
                 wrong = (f'takes over {MAX_MATCH:g} seconds for the name'
                          f' "{name}"; write no repeat inside another')
@@ -123,21 +123,12 @@ class NamePattern:
                 and self.regex.fullmatch(name) is not None)
 
 
+@functools.lru_cache(maxsize=64)        # a reload has no time for it again
 def find_slow_name(regex: re.Pattern[str]) -> str | None:
     """Find a name that takes more than MAX_MATCH seconds to match.
 
-    Signals interrupt re, in the main thread only.
-    """
-    if threading.current_thread() is threading.main_thread():
-        return time_names(regex)
-    return None
-
-
-@functools.lru_cache(maxsize=64)        # a reload has no time for it again
-def time_names(regex: re.Pattern[str]) -> str | None:
-    """Time a pattern by a signal that counts the time of computing.
-
-    So no pattern is slow because the machine is busy.
+    A signal that counts the time of computing interrupts re.
+    No pattern is slow because the machine is busy.
     """
     alarm, timer = signal.SIGVTALRM, signal.ITIMER_VIRTUAL
     name, until = None, time.monotonic() + MAX_CHECK
@@ -183,18 +174,17 @@ LAST_TICK = 0.001   # ... and when its pipes have: it ends at any moment
 REAP_TIME = 1.0     # seconds a killed program may take to vanish
 
 
-class LiveRuns:
-    """The runs whose programs live: the daemon must not leave them behind."""
+# The runs whose programs live.  The lock is held from a start until it is
+# known here; a run leaves before it is reaped.
+live_runs: set[Run] = set()
+live_lock = threading.Lock()
 
-    # Held from a start until it is known; a run leaves before it is reaped.
-    lock = threading.Lock()
-    runs: set[Run] = set()
 
-    @classmethod
-    def kill_all(cls):
-        cls.lock.acquire()      # and never released: none is started now
-        for run in cls.runs:
-            run.kill()
+def kill_all():
+    """Kill what lives, and start nothing more: the daemon ends."""
+    live_lock.acquire()         # and never released
+    for run in live_runs:
+        run.kill()
 
 
 class Run:
@@ -217,14 +207,14 @@ class Run:
             # Debian's finger obeys .nofinger only when stdin is a socket.
             stdin, peer = map(theirs.enter_context, socket.socketpair())
             peer.close()
-            with LiveRuns.lock:
+            with live_lock:
                 # As bytes, so that the daemon's locale cannot spoil a name.
                 self.process = subprocess.Popen(
                     [argv[0], *(word.encode() for word in argv[1:])],
                     env={key.encode(): env[key].encode() for key in env},
                     stdin=stdin.fileno(), stdout=stdout, stderr=stderr,
                     close_fds=True, start_new_session=True)
-                LiveRuns.runs.add(self)
+                live_runs.add(self)
             self.pipes = ours.pop_all()
 
     def read(self, limit: int, deadline: float) -> None:
@@ -273,8 +263,8 @@ class Run:
 
     def close(self) -> None:
         """Kill the group, close the pipes, reap."""
-        with LiveRuns.lock:
-            LiveRuns.runs.discard(self)
+        with live_lock:
+            live_runs.discard(self)
             self.kill()
         self.pipes.close()
         # One that is stuck in the kernel is reaped by a later Popen.
@@ -336,8 +326,8 @@ class FingerBackend:
     )
 
     def __init__(self, options, report):
-        atexit.unregister(LiveRuns.kill_all)    # once is enough
-        atexit.register(LiveRuns.kill_all)
+        atexit.unregister(kill_all)     # once is enough
+        atexit.register(kill_all)
         self.report = report
         self.max_output: int = options["max_output"]
         texts = {row[0]: options[row[0]] for row in self.settings[:3]
@@ -359,13 +349,11 @@ class FingerBackend:
     def enter_chroot(self, path):
         """Check that the programs are inside, by no way out."""
         inside = os.path.join(os.path.realpath(path), "")
-        errors = [f'{setting}: "{words[0]}" is not inside the chroot {path};'
-                  " put it there, with all that it needs, or use no chroot"
-                  for setting, words in self.commands.items()
-                  if not os.path.realpath(path + words[0]).startswith(inside)
-                  or not os.access(path + words[0], os.X_OK)]
-        if errors:
-            raise ValueError("\n".join(errors))
+        refuse(*(f'{setting}: "{words[0]}" is not inside the chroot {path};'
+                 " put it there, with all that it needs, or use no chroot"
+                 for setting, words in self.commands.items()
+                 if not os.path.realpath(path + words[0]).startswith(inside)
+                 or not os.access(path + words[0], os.X_OK)))
 
     def lookup(self, user, verbose, client, timeout):
         """Run the command for user; None: no such user."""
@@ -814,12 +802,10 @@ class WebBackend:
                      *self.options["redirect_hosts"]]:
             with contextlib.suppress(OSError):
                 ChrootCache.addresses[host] = find_addresses(host)
-        errors = [f"{name}: no address of {host} is found, nor will be in the"
-                  " chroot; write an address instead of the name"
-                  for name, host in hosts.items()
-                  if host not in ChrootCache.addresses]
-        if errors:
-            raise ValueError("\n".join(errors))
+        refuse(*(f"{name}: no address of {host} is found, nor will be in the"
+                 " chroot; write an address instead of the name"
+                 for name, host in hosts.items()
+                 if host not in ChrootCache.addresses))
         ChrootCache.tls = ssl.create_default_context()
         folder = ssl.get_default_verify_paths().capath
         for name in os.listdir(folder) if folder else ():
