@@ -446,18 +446,18 @@ CODECS = {
 # mark at the start of UTF-8 is not text.
 READ_AS = {"ascii": "cp1252", "latin_1": "cp1252", "utf_8": "utf_8_sig"}
 # When it is seen as ASCII it is not UTF-16 (WHATWG HTML 13.2.3.2).
-META = re.compile(rb"<meta\b[^>]{0,200}?\bcharset\s*=\s*[\"']?"
-                  rb"(?!utf-16)([\w.:-]{1,40})", re.IGNORECASE)
+META = re.compile(r"<meta\b[^>]{0,200}?\bcharset\s*=\s*[\"']?"
+                  r"(?!utf-16)([\w.:-]{1,40})", re.ASCII | re.IGNORECASE)
 CHARSET = re.compile(r";\s*charset\s*=\s*[\"']?([\w.:-]{1,40})",
                      re.ASCII | re.IGNORECASE)  # email.message is quadratic
 
 
-def choose_codec(charset, page, is_html):
+def choose_codec(content_type, page, is_html):
     """Choose how to read a page: by its header, its <meta>, or as UTF-8."""
-    if not charset and is_html:
-        found = META.search(page[:1024])    # where HTML must name it
-        charset = found[1].decode("ascii", "replace") if found else ""
-    name = re.sub("[^a-z0-9]+", "_", charset.lower())
+    found = CHARSET.search(content_type)
+    if not found and is_html:           # HTML must name it in its first KiB
+        found = META.search(page[:1024].decode("latin-1"))
+    name = re.sub("[^a-z0-9]+", "_", found[1].lower()) if found else ""
     name = encodings.aliases.aliases.get(name, name)
     name = READ_AS.get(name, name)
     return name if name in CODECS else "utf_8_sig"
@@ -560,16 +560,13 @@ BUFFER = 65536      # bytes that are read of a connection at once
 AROUND = 131072     # bytes around a body: headers, sizes of chunks, trailers
 
 
-class ChrootCache:
-    """What a chroot would hide: loaded before it, and used by reloads too."""
-
-    tls: Any = None                         # with the certificates loaded
-    addresses: dict[Any, list[Any]] = {}    # of hosts, by name
+# What a chroot hides is kept from before it, for reloads too.
+known_addresses: dict[Any, list[Any]] = {}      # of hosts, by name
 
 
 def find_addresses(host: Any) -> list[Any]:
     """Give the addresses of a host, known from before a chroot or found."""
-    return ChrootCache.addresses.get(host) or [
+    return known_addresses.get(host) or [
         target[0] for *_, target in socket.getaddrinfo(
             host, None, type=socket.SOCK_STREAM)]
 
@@ -606,11 +603,10 @@ def dial(address, timeout, source=None):
 
 
 class BoundedFile(io.RawIOBase):
-    """What an origin sends, bounded in time and bytes, headers and all.
+    """What an origin sends, bounded in time and bytes, headers and all."""
 
-    The thread whose turn it is gives it up while it waits.
-    """
-
+    # To work on a page, given up while waiting.  More at a time would not be
+    # done sooner, and the server waits for each thread that wants to run.
     turn = threading.Lock()
     has_turn = False
 
@@ -636,11 +632,6 @@ class BoundedFile(io.RawIOBase):
         return count
 
     def begin_turn(self):
-        """Wait until no other thread works on a page.
-
-        More at a time would not be done sooner, and the server has to wait
-        for each thread that wants to run.
-        """
         if not self.turn.acquire(timeout=seconds_left(self.deadline)):
             raise TimeoutError("other pages took the time: timed out")
         self.has_turn = True
@@ -659,10 +650,12 @@ class BoundedFile(io.RawIOBase):
 class BoundedHandler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     """urllib's handler of http and https, what it reads bounded."""
 
+    tls: Any = None             # with all certificates loaded, in a chroot
+
     def do_open(self, http_class, req, **options):
         deadline = time.monotonic() + req.timeout
-        if ChrootCache.tls and "context" in options:
-            options["context"] = ChrootCache.tls
+        if self.tls and "context" in options:
+            options["context"] = self.tls
 
         def respond(sock, **options):
             response = http.client.HTTPResponse(sock, **options)
@@ -692,16 +685,14 @@ TEXT_TYPE = re.compile(r"(?P<html>text/html|application/xhtml\+xml)"
 
 def choose_template(url: str, prefix: str) -> str:
     """Make the one URL, with {user} in it, of the two settings."""
-    if bool(url) == bool(prefix):
-        raise ValueError("url: write either url or prefix, e.g. url ="
-                         " https://example.org/~{user}")
-    return (check_url("url", url) if url
-            else check_url("prefix", prefix, "{user}"))
+    refuse(bool(url) == bool(prefix) and "url: write either url or prefix,"
+           " e.g. url = https://example.org/~{user}")
+    return check_url("url" if url else "prefix", url or prefix)
 
 
-def check_url(setting: str, text: str, more: str = "") -> str:
+def check_url(setting: str, text: str) -> str:
     """Check a URL of the config: http or https, and a host of its own."""
-    url = text + more
+    url = text + "{user}" if setting == "prefix" else text
     found = WEB_URL.fullmatch(url)
     users = url.partition("#")[0].count("{user}")   # "#..." is never sent
     if not found or not 0 < int(found["port"] or 80) < 65536:
@@ -744,8 +735,7 @@ class Page:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.text: str | None = None            # None: no such user
-        self.failure: OSError | None = None     # instead of a text
+        self.answer: str | OSError | None = None    # None: no such user
         self.came = 0.0             # monotonic: good for all that asked before
         self.until = 0.0            # by the clock: good for all until then
         self.stale_until = 0.0      # by the clock: good if a new one fails
@@ -778,7 +768,6 @@ class WebBackend:
             lambda: options["index"] and check_url("index", options["index"]),
             lambda: NamePattern(options["pattern"]))
         self.options, self.report, self.clock = options, report, clock
-        self.warnings: list[str] = []
         self.lock = threading.Lock()
         self.pages: dict[str, Page] = {}    # the one asked for last is last
         self.opener = urllib.request.OpenerDirector()   # follows no redirect
@@ -801,16 +790,16 @@ class WebBackend:
         for host in [*hosts.values(), *proxies,
                      *self.options["redirect_hosts"]]:
             with contextlib.suppress(OSError):
-                ChrootCache.addresses[host] = find_addresses(host)
+                known_addresses[host] = find_addresses(host)
         refuse(*(f"{name}: no address of {host} is found, nor will be in the"
                  " chroot; write an address instead of the name"
                  for name, host in hosts.items()
-                 if host not in ChrootCache.addresses))
-        ChrootCache.tls = ssl.create_default_context()
+                 if host not in known_addresses))
+        BoundedHandler.tls = ssl.create_default_context()
         folder = ssl.get_default_verify_paths().capath
         for name in os.listdir(folder) if folder else ():
             with contextlib.suppress(OSError):      # SSLError is one
-                ChrootCache.tls.load_verify_locations(f"{folder}/{name}")
+                BoundedHandler.tls.load_verify_locations(f"{folder}/{name}")
 
     def lookup(self, user, verbose, client, timeout):
         """Give the text of the user's page; None: no such user."""
@@ -836,22 +825,22 @@ class WebBackend:
         try:
             if page.came < asked and self.clock() >= page.until:
                 self._renew(page, url, asked + timeout)
-            text, failure = page.text, page.failure
+            answer = page.answer
         finally:
             page.lock.release()
-        if failure:
-            raise type(failure)(f"GET {url}: {failure}")
-        return text
+        if isinstance(answer, OSError):
+            raise type(answer)(f"GET {url}: {answer}")
+        return answer
 
     def _page(self, url):
         """Give what is known of a page; forget what was asked for least."""
         with self.lock:
             page = self.pages.pop(url, Page())
             self.pages[url] = page
-            texts = [known.text for known in self.pages.values()]
-            while (len(self.pages) > MAX_PAGES
-                   or sum(map(sys.getsizeof, texts)) > MAX_CACHE):
-                del self.pages[next(iter(self.pages))], texts[0]
+            sizes = [sys.getsizeof(known.answer)
+                     for known in self.pages.values()]
+            while len(self.pages) > MAX_PAGES or sum(sizes) > MAX_CACHE:
+                del self.pages[next(iter(self.pages))], sizes[0]
             return page
 
     def _renew(self, page, url, deadline):
@@ -860,7 +849,7 @@ class WebBackend:
         if stale:       # leave time to give it
             deadline -= (deadline - time.monotonic()) / 2
         try:
-            page.text, page.failure = self._fetch(url, deadline), None
+            page.answer = self._fetch(url, deadline)
             if self.options["cache"]:
                 page.until = self.clock() + self.options["cache"]
                 page.stale_until = page.until + self.options["stale"]
@@ -870,7 +859,7 @@ class WebBackend:
             if stale:
                 self.report(f"an old answer is given: GET {url}: {failure}")
             else:
-                page.text, page.failure = None, failure
+                page.answer = failure
                 if isinstance(failure, TimeoutError):
                     return      # others may have more time
         page.came = time.monotonic()
@@ -882,7 +871,7 @@ class WebBackend:
             response = self.opener.open(url, None, seconds_left(deadline))
             with response:
                 if response.status not in (301, 302, 303, 307, 308):
-                    return self._read(response, deadline)
+                    return self._read(response)
                 location = response.headers.get("Location", "")
             url = self._follow(origin, url, location)
         raise OSError(f"more than {MAX_REDIRECTS} redirects")
@@ -902,7 +891,7 @@ class WebBackend:
             raise OSError(f'redirected to "{target}", which is not allowed')
         return target
 
-    def _read(self, response, deadline):
+    def _read(self, response):
         """Make text of a final response; None: no such page."""
         kind = response.headers.get_content_type()
         coding = response.headers.get("Content-Encoding", "").strip().lower()
@@ -920,9 +909,8 @@ class WebBackend:
         source.begin_turn()
         try:
             body = read_body(response, limit)
-            named = CHARSET.search(response.headers.get("Content-Type", ""))
-            codec = choose_codec(named[1] if named else "", body,
-                                 found["html"])
+            codec = choose_codec(response.headers.get("Content-Type", ""),
+                                 body, found["html"])
             return make_text(body, codec, limit,
                              html_text if found["html"] else str)
         finally:
@@ -1088,15 +1076,13 @@ def limit_sqlite(connection, deadline):
 def spell_rows(columns, rows):
     """Give a line for each value that is not NULL; None if there is none."""
     lines = []
-    for row in rows:
-        for column, value in zip(columns, row):
-            if isinstance(value, (bytes, bytearray, memoryview)):
-                text = make_text(bytes(value), "utf-8", MAX_FILE)
-            else:
-                text = str(value)
-            if value is not None:
-                name = f"{column}: " if len(columns) > 1 else ""
-                lines.append(name + text.rstrip("\n") + "\n")
+    for column, value in itertools.chain(*(zip(columns, row) for row in rows)):
+        text = value
+        if isinstance(value, (bytes, bytearray, memoryview)):
+            text = make_text(bytes(value), "utf-8", MAX_FILE)
+        if value is not None:
+            name = f"{column}: " if len(columns) > 1 else ""
+            lines.append(f"{name}{text}".rstrip("\n") + "\n")
     return "".join(lines) if lines else None
 
 
@@ -1144,8 +1130,8 @@ class SqlBackend:
             else quoted or plain
             for name, _, quoted, plain in CONNECT_WORD.findall(connect)}
         if self.sqlite:
-            path = urllib.parse.quote(database)
-            self.arguments = {"database": f"file:{path}?mode=ro", "uri": True}
+            self.arguments = {"database": f"file:{quote(database)}?mode=ro",
+                              "uri": True}
 
     def __del__(self):
         for connection in self.idle:
@@ -1207,10 +1193,10 @@ class SqlBackend:
 
 # ---- accounts: lines as Debian's finger has them, byte for byte -------------
 
-FILES = {"forward": "Mail forwarded to ", "pgpkey": "PGP key:\n",
+# What comes from files of a user's, and the words before it.
+FILES = {"forward": "Mail forwarded to ", "mail": "", "pgpkey": "PGP key:\n",
          "project": "Project:\n", "plan": "Plan:\n"}
-ITEMS = ("home", "shell", "office", "phone", "login", "from", "idle",
-         "forward", "mail", "pgpkey", "project", "plan")
+ITEMS = ("home", "shell", "office", "phone", "login", "from", "idle", *FILES)
 SAME_TIME = 0.02        # seconds that it takes at least to know nobody
 HALF_YEAR = 365 * 86400 / 2     # seconds: an older login is shown with year
 MAX_MATCHES = 8         # accounts of one real name: as names in a query
@@ -1501,8 +1487,7 @@ class AccountsBackend:
                  place + "\n" * bool(place), spell_office(*gecos)]
         if "login" in items:
             lines += self._login_lines(items, entry)
-        for item in filter(items.__contains__, (
-                "forward", "mail", "pgpkey", "project", "plan")):
+        for item in filter(items.__contains__, FILES):
             lines.append(
                 spell_mail(self.mail + entry.pw_name) if item == "mail" else
                 spell_file(home, entry.pw_uid, item))

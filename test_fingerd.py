@@ -6484,7 +6484,8 @@ class WebBackendTest(BackendCase):
                                      max_output=2 ** 20)
         for number in range(40):
             self.assertEqual(len(self.ask(backend, str(number))), 2 ** 18)
-        kept = sum(sys.getsizeof(page.text) for page in backend.pages.values())
+        kept = sum(sys.getsizeof(page.answer)
+                   for page in backend.pages.values())
         self.assertLessEqual(kept, fingerd_backends.MAX_CACHE + 2 ** 20)
         self.assertGreater(kept, fingerd_backends.MAX_CACHE / 2)
 
