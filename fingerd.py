@@ -2030,9 +2030,12 @@ class Waiting:
     def overdue(self, now):
         """Give those whose time is over, until they wait no longer."""
         for wait, handlers in self.handlers.items():
-            late = itertools.takewhile(
-                lambda handler: handler.deadline <= now, handlers)
-            for handler in list(late):
+            late = []
+            for handler in handlers:
+                if handler.deadline > now:
+                    break
+                late.append(handler)
+            for handler in late:
                 if handler.wait is wait:    # it may have left by now
                     yield handler
         self.due = min((next(iter(handlers)).deadline
