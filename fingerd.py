@@ -47,6 +47,7 @@ import itertools
 import math
 import os
 import pwd
+import queue
 import re
 import resource
 import select
@@ -2062,6 +2063,8 @@ class Lookups:
         self.running = set()                # handlers that a thread works for
         self.late = 0                       # threads whose client has gone on
         self.threads = Counts()             # by address, late ones as well
+        self.idle = 0                       # threads that wait for work
+        self.work: Any = queue.SimpleQueue()    # handlers; None ends them all
 
     def add(self, handler):
         self.queued.setdefault(handler.key, {})[handler] = None
@@ -2097,9 +2100,10 @@ class Lookups:
             self.unqueue(handler)
 
     def end(self, handler):
-        """Count the end of a thread for which nobody waits any longer."""
+        """Keep a thread, for which nobody waits any longer, for the next."""
         self.late -= 1
         self.threads.add(handler.key, -1)
+        self.idle += 1
 
 
 # ---- Server ---------------------------------------------------------------
@@ -2399,27 +2403,35 @@ class FingerServer(socketserver.ThreadingTCPServer):
             if handler.request.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 self.resume(handler, ConnectionResetError())
                 continue
-            try:
-                super().process_request(handler, handler.client_address)
-            except RuntimeError as error:       # no thread to be had
-                if self.lookups.threads:
-                    return                      # until one of them ends
-                self.log.event("error", "starved", reason=str(error))
-                self.resume(handler, FIXED_REPLIES["failed"])
+            if self.lookups.idle:
+                self.lookups.idle -= 1
+                self.lookups.work.put(handler)
             else:
-                self.lookups.begin(handler)
+                try:
+                    super().process_request(handler, handler.client_address)
+                except RuntimeError as error:   # no thread to be had
+                    if self.lookups.threads:
+                        return                  # until one of them is idle
+                    self.log.event("error", "starved", reason=str(error))
+                    self.resume(handler, FIXED_REPLIES["failed"])
+                    continue
+            self.lookups.begin(handler)
 
     def process_request_thread(self, request, client_address):
-        """Ask the backends for a client: all that a thread does."""
-        reply = FIXED_REPLIES["failed"]
-        try:
-            reply = self.answers.answer(request.query, request.host,
-                                        request.deadline - GRACE)
-        except Exception:
-            self.handle_error(request.request, request.host)
-        finally:
+        """Ask the backends for one client after another: all that a thread
+        does.  To start one for each would cost more than most lookups."""
+        while request:
+            try:
+                reply = self.answers.answer(request.query, request.host,
+                                            request.deadline - GRACE)
+            except BaseException:       # sys.exit() in a backend as well
+                self.handle_error(request.request, request.host)
+                reply = FIXED_REPLIES["failed"]
             self.inbox.replies.append((request, reply))
             self.inbox.wake()
+            request = reply = None      # keep nothing while there is no work
+            request = self.lookups.work.get()
+        self.lookups.work.put(None)     # for the next thread
 
     def read_inbox(self, woken):
         """Act on signals; go on with the clients that threads have answered.
@@ -2473,7 +2485,8 @@ class FingerServer(socketserver.ThreadingTCPServer):
         self.ended.wait()
 
     def server_close(self) -> None:
-        """Close every socket there is."""
+        """Close every socket there is, and end the threads."""
+        self.lookups.work.put(None)
         self.door.close()
         for handlers in self.waiting.handlers.values():
             for handler in handlers:

@@ -1850,6 +1850,24 @@ class BackendsTest(ServerCase):
         for _ in range(2):
             self.assertEqual(server.ask(b"bob\r\n"), FAILED)
 
+    def test_a_thread_is_kept_for_the_next_client_and_ends_with_the_server(
+            self):
+        threads = []
+
+        def note(user, timeout):
+            threads.append(threading.current_thread())
+            return user
+
+        server = self.serve(USERS, ("test", TestBackend(note)))
+        for _ in range(3):
+            self.assertEqual(server.ask(b"bob\r\n"), b"bob\r\n")
+            wait_until(lambda: server.server.lookups.idle, "an idle thread")
+        self.assertEqual(threads, [threads[0]] * 3)
+        server.server.shutdown()
+        server.server.server_close()
+        threads[0].join(HANG)
+        self.assertFalse(threads[0].is_alive())
+
     def test_a_client_that_leaves_while_a_backend_works_is_no_trouble(self):
         backend, server = self.serve_held()
         sock = self.send(server, b"bob")
