@@ -22,6 +22,7 @@ Sections, from the protocol outward to the operating system:
     Forwarding    asking another finger server, also as a backend
     PROXY header  whose connection a load balancer hands on
     Clients       the life of a client, and what it waits for
+    Waiting       what the loop knows of its clients
     Server        accepting, waiting, deadlines: the loop
     Sockets       what it listens on
     Pidfile       the file, its lock, and the daemon that holds it
@@ -1751,8 +1752,6 @@ def address_from(family: int, packed: bytes) -> str:
 GRACE = 0.5             # seconds for a backend to come back from a timeout
 LINGER = 0.01           # seconds until we look whether a client has closed
 DISCARD = 1 << 18       # bytes read away behind a query; more is a flood
-TRACKED = 65536         # addresses whose rate is known; then the oldest go
-HOST_SHARE = 4          # an address gets a thread in so many
 SEND = DONT_WAIT | int(getattr(socket, "MSG_MORE", 0))    # FIN in one segment
 
 
@@ -1980,6 +1979,16 @@ class FingerHandler(socketserver.StreamRequestHandler):
         return True
 
 
+# ---- Waiting --------------------------------------------------------------
+
+TRACKED = 65536         # addresses whose rate is known; then the oldest go
+HOST_SHARE = 4          # an address gets a thread in so many
+FULL_LOG_INTERVAL = 10.0    # seconds between two lines "full"
+SO_ATTACH_FILTER = 26   # Linux: socket(7)
+DROP_SYN = (            # BPF on a TCP segment: nothing of those with SYN
+    (0x30, 0, 0, 13), (0x45, 0, 1, 2), (6, 0, 0, 0), (6, 0, 0, 0xffff))
+
+
 class Counts(dict):
     """How many there are by key, without the keys that have none."""
 
@@ -2106,20 +2115,6 @@ class Lookups:
         self.idle += 1
 
 
-# ---- Server ---------------------------------------------------------------
-
-BACKLOG = 1024          # connections the kernel holds for us: see listen(2)
-ACCEPTS = 256           # in a row at most, before other clients' turn
-MORE_ACCEPTS = 1.09     # times as many after a turn with a client for each;
-FEWER_ACCEPTS = 0.5     # after one in vain, which costs as much as a turn
-PAUSE = 1.0             # seconds without accept when descriptors are out
-FULL_LOG_INTERVAL = 10.0    # seconds between two lines "full"
-LAST_CALL = 0.02        # seconds for connections that come as a stop does
-SO_ATTACH_FILTER = 26   # Linux: socket(7)
-DROP_SYN = (            # BPF on a TCP segment: nothing of those with SYN
-    (0x30, 0, 0, 13), (0x45, 0, 1, 2), (6, 0, 0, 0), (6, 0, 0, 0xffff))
-
-
 class Door:
     """When to accept from the listening sockets, and how many in a row."""
 
@@ -2206,6 +2201,16 @@ class Inbox:
     def close(self):
         self.woken.close()
         self.waker.close()
+
+
+# ---- Server ---------------------------------------------------------------
+
+BACKLOG = 1024          # connections the kernel holds for us: see listen(2)
+ACCEPTS = 256           # in a row at most, before other clients' turn
+MORE_ACCEPTS = 1.09     # times as many after a turn with a client for each;
+FEWER_ACCEPTS = 0.5     # after one in vain, which costs as much as a turn
+PAUSE = 1.0             # seconds without accept when descriptors are out
+LAST_CALL = 0.02        # seconds for connections that come as a stop does
 
 
 class FingerServer(socketserver.ThreadingTCPServer):
