@@ -8,7 +8,8 @@ medians of all rounds.  CPU time is what to compare: queries a second are no
 more than the client asks for.  Peers that are not installed are left out.
 After the table come figures of fingerd alone: its start, its memory for each
 silent client, and how long others wait while clients ask for web pages that
-are made to be slow to read; with --long also a million users.
+are made to be slow to read; with --long also a million users.  With HAProxy
+there are figures of one, two and three daemons behind it.
 
 All on loopback, bounded in number and time.  With cc and Linux the client is
 a program in C; else it is in Python, and is the limit itself.
@@ -51,6 +52,7 @@ TEXT = ("Login: {0}\t\t\tName: Number {0}\r\n"
 CONFIG = """\
 [limits]
 max_clients_per_host = 5000
+max_threads = {threads}
 [log]
 {log}
 {more}
@@ -211,12 +213,14 @@ def write_file(folder: str, name: str, text: str) -> str:
 
 
 def fingerd_peer(temp: str, name: str, log: str = "level = warning",
-                 more: str = "", names: int = NAMES) -> Peer:
+                 more: str = "", names: int = NAMES,
+                 threads: int = 64) -> Peer:
     texts = (TEXT.format(f"u{n}").rstrip().replace("\r\n", "\n  ")
              for n in range(names))
     users = "\n".join(f"u{n} = {text}" for n, text in enumerate(texts))
     config = write_file(temp, name + ".conf",
-                        CONFIG.format(log=log, more=more, users=users))
+                        CONFIG.format(log=log, more=more, users=users,
+                                      threads=threads))
     return Peer(name, [sys.executable, str(PROGRAM), "--config", config,
                        "--listen", "127.0.0.1:PORT"], names=names)
 
@@ -674,6 +678,33 @@ def ready_ms(command: list[str]) -> float:
     return took * 1e3
 
 
+FLEETS = {              # what each serves: users, or a program that only waits
+    "users": "[server]\n",
+    "waiting": """\
+[finger]
+command = sh -c "sleep 0.1; echo Number $0" {user}
+[server]
+backend = finger
+"""}
+HAPROXY_CONFIG = """\
+listen finger
+    bind 127.0.0.1:${P}
+    timeout connect 1s
+    timeout client 30s
+    timeout server 30s
+    option redispatch 1
+"""
+
+
+def haproxy_peer(temp: str, daemons: list[Running]) -> Peer:
+    servers = "".join(
+        f"    server s{daemon.port} 127.0.0.1:{daemon.port} check"
+        " send-proxy-v2\n" for daemon in daemons)
+    config = write_file(temp, "haproxy.cfg", HAPROXY_CONFIG + servers)
+    return Peer("HAProxy", [
+        "sh", "-c", 'P=PORT exec haproxy -db -f "$0"', config])
+
+
 class Bench:
     """The load generator, the cores, and the figures of all rounds."""
 
@@ -691,8 +722,10 @@ class Bench:
         self.peers = [peer for peer in all_peers(temp, compiled)
                       if re.search(only, peer.name)]
         self.server_core: list[int] = []
+        self.cores: list[int] = []
         if hasattr(os, "sched_setaffinity"):
-            first, *others = sorted(os.sched_getaffinity(0))
+            self.cores = sorted(os.sched_getaffinity(0))
+            first, *others = self.cores
             if others:
                 self.server_core = [first]
                 os.sched_setaffinity(0, others)
@@ -716,15 +749,21 @@ class Bench:
     def load(self, server: Running, names: int, seconds: float = 0,
              count: int = 2000000) -> tuple[float, float]:
         """Ask with 16 clients; give CPU microseconds a query, and p99."""
-        seconds = seconds or self.seconds
         before = server.usage()[0]
+        done, p99 = self.count_replies(server, names, seconds, count)
+        return (server.usage()[0] - before) / done, p99
+
+    def count_replies(self, server: Running, names: int, seconds: float = 0,
+                      count: int = 2000000) -> tuple[int, float]:
+        """Ask with 16 clients; give the number of replies, and p99."""
+        seconds = seconds or self.seconds
         output = subprocess.run(
             [*self.generator, str(server.port), "16", str(seconds),
              str(count), server.peer.query, str(names)],
             stdout=subprocess.PIPE, timeout=seconds + 60, check=True).stdout
         done, wrong, p99 = json.loads(output)
         self.wrong += wrong
-        return (server.usage()[0] - before) / done, p99
+        return done, p99
 
     def measure(self, peer: Peer) -> None:
         """Measure one peer in one round."""
@@ -813,6 +852,36 @@ class Bench:
                 asking.kill()
                 asking.wait()
 
+    def measure_fleets(self, rounds: int) -> None:
+        """Measure a daemon alone, and one to three behind HAProxy."""
+        for _, kind, count in itertools.product(range(rounds), FLEETS,
+                                                range(4)):
+            print(f"{kind}: {count} daemons behind HAProxy", file=sys.stderr)
+            with contextlib.ExitStack() as stack:
+                self.measure_fleet(stack, kind, count)
+
+    def measure_fleet(self, stack: contextlib.ExitStack, kind: str,
+                      count: int) -> None:
+        balanced = "proxy_from = 127.0.0.0/8" if count else ""
+        peer = fingerd_peer(self.temp, "fleet", threads=4,
+                            more=FLEETS[kind] + balanced)
+        daemons = [stack.enter_context(Running(peer, self.cores))
+                   for _ in range(count or 1)]
+        door = daemons[0]
+        if count:
+            door = stack.enter_context(Running(
+                haproxy_peer(self.temp, daemons), self.cores))
+        self.load(door, NAMES, self.seconds / 5)
+        before = [server.usage()[0] for server in (door, *daemons)]
+        start = time.monotonic()
+        done, p99 = self.count_replies(door, NAMES)
+        self.note(kind, f"rate {count}", done / (time.monotonic() - start))
+        used = [server.usage()[0] - cpu for server, cpu
+                in zip((door, *daemons), before)]
+        self.note(kind, f"daemon {count}", sum(used[1:]) / done)
+        self.note(kind, f"balancer {count}", used[0] / done)
+        self.note(kind, f"p99 {count}", p99)
+
     def many_users(self, count: int) -> None:
         start = time.monotonic()
         with Running(fingerd_peer(self.temp, "users", names=count),
@@ -886,7 +955,23 @@ def print_singles(bench: Bench, rounds: int, long: bool) -> None:
               f" {show('users', 'memory')} MiB, cpu {show('users', 'cpu')};"
               " after a query for each of them:"
               f" {show('users', 'after')} MiB")
-    print(f"Wrong replies: {bench.wrong}")
+
+
+def print_fleets(bench: Bench, rounds: int) -> None:
+    """Measure and print what more daemons bring, and a balancer costs."""
+    bench.measure_fleets(rounds)
+    row = "{:32}{:>10}{:>8}{:>10}{:>8}".format
+    print("\n" + row("daemons behind HAProxy", "queries/s", "daemon",
+                     "balancer", "p99"))
+    for kind, count in itertools.product(FLEETS, range(4)):
+        name = f"{kind}, {count or 'one without it'}"
+        print(row(name, bench.show(kind, f"rate {count}", 0),
+                  bench.show(kind, f"daemon {count}"),
+                  bench.show(kind, f"balancer {count}") if count else "-",
+                  bench.show(kind, f"p99 {count}", 2)))
+    print("daemon, balancer: microseconds of CPU time for a query.  waiting:"
+          " a program\nthat takes 0.1 s, 4 of them at a time in each"
+          " daemon.  All share the cores.")
 
 
 def hold_many_clients() -> None:
@@ -919,6 +1004,9 @@ def main() -> int:
         bench.measure_all(options.rounds)
         print_peers(bench, options.rounds)
         print_singles(bench, options.rounds, options.long)
+        if shutil.which("haproxy"):
+            print_fleets(bench, options.rounds)
+        print(f"Wrong replies: {bench.wrong}")
         return 1 if bench.wrong else 0
     return 1
 
