@@ -3956,9 +3956,25 @@ class PrivilegesTest(unittest.TestCase):
             program.write("[server]\nallow = 127.0.0.0/8 ::1\n"
                           "[users]\nmoshez = new\n")
             program.rotate()
-            os.kill(program.pid, signal.SIGHUP)
-            program.wait_log("reloaded config=")
+            for number in (1, 2):       # it knows the path after one, too
+                os.kill(program.pid, signal.SIGHUP)
+                program.wait_log(f"reloaded config={program.config}$", number)
             self.assertEqual(ask(address, b"moshez\r\n"), b"new\r\n")
+
+    @needs_root
+    def test_ends_if_rights_of_root_remain(self):
+        def stay_root(uid):
+            os.setresuid(uid, uid, 0)
+
+        for call, instead, message in [
+                ("os.setgroups", list, "groups of root remain"),
+                ("os.setgid", abs, "groups of root remain"),
+                ("os.setuid", stay_root, "root privileges can be regained")]:
+            with self.subTest(call=call), installed() as program, \
+                    mock.patch(call, instead):
+                status, _, err = program.start()
+                self.assertEqual((status, err.splitlines()[-1]),
+                                 (1, f"fingerd: {message}"))
 
     @needs_root
     def test_a_program_that_is_not_in_the_chroot_is_a_config_error(self):
@@ -4189,6 +4205,19 @@ class ServiceManagerTest(unittest.TestCase):
                 program.stop()
                 while sock.recv(100) != b"STOPPING=1":
                     pass
+
+    @unittest.skipUnless(sys.platform == "linux", "abstract names are Linux's")
+    def test_shows_no_life_to_a_watchdog_of_another_process(self):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.bind("")       # Linux makes an abstract name
+            sock.settimeout(HANG)
+            name = "@" + sock.getsockname()[1:].decode()
+            with mock.patch.dict(os.environ, NOTIFY_SOCKET=name, WATCHDOG_PID=(
+                    "1"), WATCHDOG_USEC="200000"), daemon() as program:
+                self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+                program.stop()
+                self.assertRegex(sock.recv(100), b"^READY=1")
+                self.assertEqual(sock.recv(100), b"STOPPING=1")
 
     def test_says_that_the_socket_of_systemd_is_away(self):
         with installed() as program:
