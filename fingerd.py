@@ -1118,7 +1118,7 @@ class LogFile:
                 os.close(self.fd)
 
 
-class Syslog:
+class Syslog(socket.socket):
     """A datagram socket to syslog(3) that finds a syslog that has restarted.
 
     Not so in a chroot, where the path is out of reach, unless the socket
@@ -1134,23 +1134,20 @@ class Syslog:
         if not isinstance(address, str):    # a name is looked up only here
             found = socket.getaddrinfo(*address, type=socket.SOCK_DGRAM)
             family, self.address = found[0][0], found[0][4]
-        self.sock = socket.socket(family, socket.SOCK_DGRAM)
+        super().__init__(family, socket.SOCK_DGRAM)
         try:
-            self.sock.connect(self.address)
+            self.connect(self.address)
         except OSError:
-            self.sock.close()
+            self.close()
             raise
 
     def write(self, line: bytes) -> None:
         """Send a line without waiting; raise OSError if it is lost."""
         try:
-            self.sock.send(line, DONT_WAIT)
+            self.send(line, DONT_WAIT)
         except OSError:         # it may have restarted
-            self.sock.connect(self.address)
-            self.sock.send(line, DONT_WAIT)
-
-    def close(self) -> None:
-        self.sock.close()
+            self.connect(self.address)
+            self.send(line, DONT_WAIT)
 
 
 class Log:
