@@ -6661,22 +6661,23 @@ class RemoteBackendTest(BackendCase):
 
     @needs_more_addresses
     def test_servers_that_name_each_other_are_no_circle(self):
-        with socket.create_server(("127.0.0.2", 0)) as probe:
-            port = probe.getsockname()[1]
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            one = probe.getsockname()
         text = ("[server]\nbackend = users remote\n[users]\n{} = here\n"
                 "[remote]\nhost = {}:{}\n")
-        with serving(text.format("one", "127.0.0.2", port)) as one, serving(
-                text.format("two", *one.address),
-                listen=f"127.0.0.2:{port}") as two:
+        with daemon(text.format("two", *one), "--listen", "127.0.0.2:0") as \
+                two, serving(text.format("one", *two.address),
+                             listen="{}:{}".format(*one)) as server:
             for query, reply in ((b"one\r\n", b"here\r\n"),
                                  (b"two\r\n", b"here\r\n"),
                                  (b"nobody\r\n", UNKNOWN)):
-                with connect(one.address, "127.0.0.3") as sock:
+                with connect(one, "127.0.0.3") as sock:
                     sock.sendall(query)
                     self.assertEqual(read_all(sock), reply)
-            one.wait_log("client=127.0.0.3 .*backend=remote")
-            two.wait_log("query", 2)
-            self.assertEqual(len(two.log()), 2)
+            server.wait_log("query client=127.0.0.3 ", 3)
+            two.wait_log("query client=127.0.0.1 ", 2)
+            self.assertEqual(len([line for line in two.log() + server.log()
+                                  if "query" in line]), 5)
 
     def test_a_bad_host_is_a_config_error(self):
         for host, wrong in (
