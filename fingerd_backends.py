@@ -3,10 +3,8 @@
 finger runs a program, web gets a page; files, sql and accounts read a
 directory, a database, and what this system says of its users.
 
-UsersBackend in fingerd.py says what a backend is; this file imports nothing of
-that one.  Only built-in exceptions leave it: ValueError when a backend is
-made, one line "setting: what is wrong; what to write" for each error; OSError,
-or TimeoutError, when a source fails.
+UsersBackend in fingerd.py says what a backend is, and what it raises: only
+built-in exceptions.  This file imports nothing of that one.
 
 Sections: text and names, programs, finger, page text, connections, web,
 files as an enemy wrote them, files, sql, accounts.
@@ -100,56 +98,55 @@ def check_all(*checks: Callable[[], Any]) -> list[Any]:
     return results
 
 
-class NamePattern:
-    """What a whole name must match."""
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """Compile what a whole name must match, if no name takes it long."""
+    wrong = "" if pattern else "is empty; write e.g. [a-z]+"
+    try:
+        regex = re.compile(pattern)
+        name = (threading.current_thread() is threading.main_thread()
+                and find_slow_name(regex))      # signals need it
+        if name:
+            wrong = (f'takes over {MAX_MATCH:g} seconds for the name "{name}";'
+                     " write no repeat inside another")
+    except (re.error, OverflowError, RecursionError) as error:
+        wrong = f"is not a regular expression ({error}); correct it"
+    if wrong:
+        raise ValueError(f'pattern: "{pattern}" {wrong}')
+    return regex
 
-    def __init__(self, pattern: str) -> None:
-        wrong = "" if pattern else "is empty; write e.g. [a-z]+"
-        try:
-            self.regex = re.compile(pattern)
-            name = (threading.current_thread() is threading.main_thread()
-                    and find_slow_name(self.regex))     # signals need it
-            if name:
-                wrong = (f'takes over {MAX_MATCH:g} seconds for the name'
-                         f' "{name}"; write no repeat inside another')
-        except (re.error, OverflowError, RecursionError) as error:
-            wrong = f"is not a regular expression ({error}); correct it"
-        if wrong:
-            raise ValueError(f'pattern: "{pattern}" {wrong}')
 
-    def fits(self, name: str) -> bool:
-        # Length first: the pattern is the operator's, the name a stranger's.
-        return (len(name) <= MAX_NAME and not name.startswith("-")
-                and self.regex.fullmatch(name) is not None)
+def fits(regex: re.Pattern[str], name: str) -> bool:
+    # Length first: the pattern is the operator's, the name a stranger's.
+    return (len(name) <= MAX_NAME and not name.startswith("-")
+            and regex.fullmatch(name) is not None)
 
 
 @functools.lru_cache(maxsize=64)        # a reload has no time for it again
 def find_slow_name(regex: re.Pattern[str]) -> str | None:
     """Find a name that takes more than MAX_MATCH seconds to match.
 
-    A signal that counts the time of computing interrupts re.
-    No pattern is slow because the machine is busy.
+    A signal interrupts re; it counts the time of computing, so that none is
+    slow because the machine is busy.
     """
-    alarm, timer = signal.SIGVTALRM, signal.ITIMER_VIRTUAL
-    name, until = None, time.monotonic() + MAX_CHECK
-    with contextlib.ExitStack() as undo, contextlib.suppress(TimeoutError):
-        undo.callback(signal.setitimer, timer, *signal.setitimer(timer, 0))
-        undo.callback(signal.signal, alarm,
-                      signal.signal(alarm, raise_timeout) or signal.SIG_DFL)
-        undo.callback(signal.pthread_sigmask, signal.SIG_SETMASK,
-                      signal.pthread_sigmask(signal.SIG_UNBLOCK, {alarm}))
+    def stop(*args):
+        raise TimeoutError
+
+    timer, name, start = signal.ITIMER_VIRTUAL, None, time.monotonic()
+    handler = signal.signal(signal.SIGVTALRM, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGVTALRM})
+    try:
         for name in hostile_names(regex.pattern):
             signal.setitimer(timer, MAX_MATCH)
             regex.fullmatch(name)
-            if time.monotonic() > until:
+            if time.monotonic() > start + MAX_CHECK:
                 break
         signal.setitimer(timer, 0)
         return None
-    return name
-
-
-def raise_timeout(*args: Any) -> None:
-    raise TimeoutError
+    except TimeoutError:
+        return name
+    finally:
+        signal.setitimer(timer, 0)
+        signal.signal(signal.SIGVTALRM, handler or signal.SIG_DFL)
 
 
 def hostile_names(pattern: str) -> Iterator[str]:
@@ -165,14 +162,13 @@ def hostile_names(pattern: str) -> Iterator[str]:
 
 # ---- Programs ---------------------------------------------------------------
 
-READ_SIZE = 65536   # bytes: what a Linux pipe holds
+READ_SIZE = 65536   # bytes at once: what a Linux pipe holds
 PATH = "/usr/local/bin:/usr/bin:/bin"   # fixed: not what the daemon was given
 MAX_STDERR = 4096   # bytes kept of a program's complaints: some 50 lines
 LINGER = 0.25       # seconds between a program's end and the end of its pipes
 TICK = 0.05         # seconds between looks whether a program has ended ...
 LAST_TICK = 0.001   # ... and when its pipes have: it ends at any moment
 REAP_TIME = 1.0     # seconds a killed program may take to vanish
-
 
 # The runs whose programs live.  The lock is held from a start until it is
 # known here; a run leaves before it is reaped.
@@ -308,11 +304,9 @@ def split_command(setting, text):
 class FingerBackend:
     """Answers with what a program prints, never through a shell.
 
-    Output is the answer, whatever the status.  Silence means no such user,
-    and so does "No such user" alone, as finger(1) and other servers say it.
-    Death by a signal and the deadline are failures, which end the search:
-    half an answer would look like a whole one.  A program that closes its
-    output and keeps running is killed, and its output counts.
+    Silence and "No such user" alone mean just that, whatever the status;
+    other output is the answer.  A signal and the deadline are failures, which
+    end the search: half an answer would look like a whole one.
     """
 
     waits = True
@@ -328,17 +322,16 @@ class FingerBackend:
     def __init__(self, options, report):
         atexit.unregister(kill_all)     # once is enough
         atexit.register(kill_all)
-        self.report = report
-        self.max_output: int = options["max_output"]
+        self.report, self.max_output = report, options["max_output"]
         texts = {row[0]: options[row[0]] for row in self.settings[:3]
                  if options[row[0]] or row[0] == "command"}
-        (_, _, command, _), (_, _, verbose_command, _), *_ = self.settings
+        command, verbose_command = (row[2] for row in self.settings[:2])
         if (texts["command"] != command
                 and options["verbose_command"] == verbose_command):
             del texts["verbose_command"]    # not finger beside another program
         *commands, self.pattern = check_all(
             *(functools.partial(split_command, *row) for row in texts.items()),
-            lambda: NamePattern(options["pattern"]))
+            lambda: compile_pattern(options["pattern"]))
         self.commands = dict(zip(texts, commands))
         self.warnings = [
             f'{setting}: "{word}" is passed to the program as an argument,'
@@ -357,7 +350,7 @@ class FingerBackend:
 
     def lookup(self, user, verbose, client, timeout):
         """Run the command for user; None: no such user."""
-        if not self.pattern.fits(user):
+        if not fits(self.pattern, user):
             return None
         words = self.commands["command"]
         if verbose:
@@ -386,9 +379,9 @@ class FingerBackend:
         text = make_text(run.output, "utf-8", self.max_output)
         errors = make_text(run.errors, "utf-8", MAX_STDERR).strip()
         if errors:
-            level = ["debug"] if UNKNOWN.fullmatch(errors) else []
+            level = "debug" if UNKNOWN.fullmatch(errors) else "warning"
             lines = "; ".join(filter(None, map(str.strip, errors.split("\n"))))
-            self.report(f"{argv[0]}: on standard error: {lines}", *level)
+            self.report(f"{argv[0]}: on standard error: {lines}", level)
         status = run.process.returncode
         if run.timed_out:
             raise TimeoutError(f"{argv[0]}: timed out, killed")
@@ -556,7 +549,6 @@ def join_pieces(pieces):
 # ---- Connections: one deadline for address, connect, TLS and every byte -----
 
 PORTS = {"http": 80, "https": 443}
-BUFFER = 65536      # bytes that are read of a connection at once
 AROUND = 131072     # bytes around a body: headers, sizes of chunks, trailers
 
 
@@ -582,8 +574,8 @@ def plain_failure(error: Exception) -> OSError:
         text = error.strerror or error
     # socket.timeout is another class before Python 3.10.
     late = isinstance(error, (TimeoutError, socket.timeout))
-    reason = " ".join(str(text).split())[:500]
-    return (TimeoutError if late else OSError)(reason)
+    return (TimeoutError if late else OSError)(
+        " ".join(str(text).split())[:500])
 
 
 def dial(address, timeout, source=None):
@@ -660,7 +652,7 @@ class BoundedHandler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
         def respond(sock, **options):
             response = http.client.HTTPResponse(sock, **options)
             response.fp = io.BufferedReader(BoundedFile(
-                sock, response.fp.detach(), deadline), BUFFER)
+                sock, response.fp.detach(), deadline), READ_SIZE)
             return response
 
         def connect(host, **options):
@@ -746,8 +738,7 @@ class WebBackend:
 
     A redirect may go from http to https, never back, to the same host or one
     of redirect_hosts, to the port usual for its scheme or that of the config.
-    The proxies of the environment are used.  404 and 410 are no such user;
-    what is neither that nor 200 is a failure, and so is an index of those.
+    The proxies of the environment are used.
     """
 
     waits = True
@@ -766,7 +757,7 @@ class WebBackend:
         self.template, self.index, self.pattern = check_all(
             lambda: choose_template(options["url"], options["prefix"]),
             lambda: options["index"] and check_url("index", options["index"]),
-            lambda: NamePattern(options["pattern"]))
+            lambda: compile_pattern(options["pattern"]))
         self.options, self.report, self.clock = options, report, clock
         self.lock = threading.Lock()
         self.pages: dict[str, Page] = {}    # the one asked for last is last
@@ -804,7 +795,7 @@ class WebBackend:
     def lookup(self, user, verbose, client, timeout):
         """Give the text of the user's page; None: no such user."""
         url = self.template.replace("{user}", quote(user, safe=""))
-        if not self.pattern.fits(user) or climbs(url):
+        if not fits(self.pattern, user) or climbs(url):
             return None
         return self._answer(url, timeout)
 
@@ -835,8 +826,7 @@ class WebBackend:
     def _page(self, url):
         """Give what is known of a page; forget what was asked for least."""
         with self.lock:
-            page = self.pages.pop(url, Page())
-            self.pages[url] = page
+            page = self.pages[url] = self.pages.pop(url, Page())
             sizes = [sys.getsizeof(known.answer)
                      for known in self.pages.values()]
             while len(self.pages) > MAX_PAGES or sum(sizes) > MAX_CACHE:
@@ -998,12 +988,15 @@ class FilesBackend:
         """Give the text of a user's file; None: no such user."""
         if not FILE_NAME.fullmatch(user):
             return None
+        files = [name + end for name in dict.fromkeys((user, user.lower()))
+                 for end in ("", ".txt")]
         with open_folder(self.directory) as folder:
-            for name in dict.fromkeys((user, user.lower())):
-                for file in (name, name + ".txt"):
-                    text = self._read(folder, file)
-                    if text is not None:
-                        return text
+            for file in files:
+                if file.lower() == self.index.lower():
+                    continue
+                text = read_file(folder, file)
+                if text is not None:
+                    return text
         return None
 
     def user_list(self, verbose, client, timeout):
@@ -1018,12 +1011,6 @@ class FilesBackend:
             raise OSError(f"{self.index}: is not a file in {self.directory}")
         return text
 
-    def _read(self, folder, name, limit=MAX_FILE):
-        """Give the text of a user's file; the index is not one."""
-        if name.lower() == self.index.lower():
-            return None
-        return read_file(folder, name, limit=limit)
-
     def _list(self, folder, deadline):
         """Give a line for each user, with the first line of the text."""
         lines: dict = {}
@@ -1033,7 +1020,7 @@ class FilesBackend:
                     or not FILE_NAME.fullmatch(name)):
                 continue
             seconds_left(deadline)
-            text = self._read(folder, file, limit=1000)     # a first line
+            text = read_file(folder, file, limit=1000)      # a first line
             if text is not None:
                 lines[name] = text.partition("\n")[0]
         width = max(map(len, lines), default=0)
@@ -1089,9 +1076,8 @@ def spell_rows(columns, rows):
 class SqlBackend:
     """Answers with what a database has of a name, by any DB-API 2 module.
 
-    Rows are lines; where there are more columns than one, so are the values,
-    each with its column's name.  Nothing found is no such user.  A file is
-    opened for each query: another may have been put into its place.
+    Nothing found is no such user.  A file is opened for each query: another
+    may have been put into its place.
     """
 
     waits = True
@@ -1207,7 +1193,6 @@ UTMP = struct.Struct("=h6x32s4x32s256s8x" + ("4xI52x" if WIDE else "I40x"))
 LASTLOG = struct.Struct("=I4x32s256s" if WIDE else "=I32s256s")
 USER_PROCESS = 7        # the kind of record in utmp that is a login
 
-
 Login = collections.namedtuple("Login", "name tty place since")
 
 
@@ -1220,32 +1205,31 @@ def make_login(items, name, tty, host, since):
     return Login(name, tty, f" on {tty}{host}", since)
 
 
-def read_part(path, start=0, size=-1):
-    """Read a part of a system's file; None where there is none for us."""
+def read_records(path, layout, first=0, size=-1):
+    """Give the records of a system's file; None if there is none for us."""
     try:
         with open(path, "rb") as file:
-            file.seek(start)
-            return file.read(size)
+            file.seek(first * layout.size)
+            data = file.read(size)
     except (FileNotFoundError, PermissionError):
         return None
+    return layout.iter_unpack(data[:len(data) // layout.size * layout.size])
 
 
 def read_logins(path, items):
     """Give the Logins of utmp."""
-    data = read_part(path) or b""
-    records = UTMP.iter_unpack(data[:len(data) // UTMP.size * UTMP.size])
     return [make_login(items, name, tty, host, since)
-            for kind, tty, name, host, since in records
+            for kind, tty, name, host, since in read_records(path, UTMP) or ()
             if kind == USER_PROCESS and name[0]]
 
 
 def read_last_login(path, items, uid):
     """Give a user's Login of lastlog, at 0 for never; None without lastlog."""
-    data = read_part(path, uid * LASTLOG.size, LASTLOG.size)
-    if data is None:
+    records = read_records(path, LASTLOG, uid, LASTLOG.size)
+    if records is None:
         return None
-    whole = len(data) == LASTLOG.size   # it ends with the highest of them
-    since, tty, host = LASTLOG.unpack(data if whole else bytes(LASTLOG.size))
+    # It ends with the highest number that has ever logged in.
+    since, tty, host = next(records, (0, b"", b""))
     return make_login(items, b"", tty, host, since)
 
 
@@ -1330,15 +1314,6 @@ def spell_file(home, owner, item):
     return FILES[item] + text + "\n" * (not text.endswith("\n"))
 
 
-def spell_table(rows):
-    """Give a line for each login and name, and since when."""
-    # rogallo makes a menu of a table with this first line.
-    rows = [("Login", "Name", "Login Time"), *sorted(rows)]
-    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
-    return "".join(f"{login:{widths[0]}}{name:{widths[1]}}{since}\n"
-                   for login, name, since in rows)
-
-
 class AccountsBackend:
     """Answers with what this system and its users say of an account.
 
@@ -1395,10 +1370,7 @@ class AccountsBackend:
         return text or None
 
     def user_list(self, verbose, client, timeout):
-        """Give who is logged in, if that is shown; with /W all that is shown.
-
-        finger(1) does the same for -l and for no option.
-        """
+        """Give who is logged in, for /W with all that is shown; else None."""
         items = self._items(client)
         if "login" not in items:
             return None
@@ -1414,8 +1386,14 @@ class AccountsBackend:
             return "No one logged on.\n"
         if verbose:
             return "\n".join(filter(None, texts.values()))
-        return spell_table((login.name, texts[login.name], time.strftime(
-            "%b %e %R", time.localtime(login.since))) for login in logins)
+        # rogallo makes a menu of a table with this first line.
+        rows = [("Login", "Name", "Login Time"), *sorted(
+            (login.name, texts[login.name],
+             time.strftime("%b %e %R", time.localtime(login.since)))
+            for login in logins)]
+        widths = [max(map(len, column)) + 2 for column in zip(*rows)]
+        return "".join(f"{login:{widths[0]}}{name:{widths[1]}}{since}\n"
+                       for login, name, since in rows)
 
     def _items(self, client):
         """Give what is shown to a client."""
