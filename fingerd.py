@@ -694,7 +694,8 @@ CORE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("facility", "facility", "daemon", "facility for syslog"),
         ("prefix", "word", "fingerd", "word before each line", "--prefix"),
         ("syslog_address", "syslog", "/dev/log", "its socket, or host:port"),
-        ("client", "part", "full", "of an address: full, network, none"),
+        ("client", "part", "full",
+         "what is kept of an address: full, network, none"),
     ),
 }
 SETTINGS = tuple(Setting(section, name, kind, default, text, tuple(flags))
@@ -1190,12 +1191,6 @@ class Log:
             self.prefix = settings.prefix
         if output is not old:
             old.close()
-
-    def close(self) -> None:
-        """Close what is open; what comes later goes to stderr."""
-        with self.lock:
-            old, self.output = self.output, LogFile(2)
-        old.close()
 
     def event(self, level: str, event: str, **fields: Any) -> None:
         """Write a line if its level is wanted, the fields in their order."""

@@ -260,6 +260,11 @@ class Serving(Logged):
         return sock
 
 
+def close_log(log):
+    """Close what a log is written to in the end."""
+    log.output.close()
+
+
 @contextlib.contextmanager
 def serving(text=USERS, backends=(), listen="127.0.0.1:0"):
     """Serve a config in this process; nothing may be left of it after."""
@@ -268,7 +273,7 @@ def serving(text=USERS, backends=(), listen="127.0.0.1:0"):
         path = stack.enter_context(config_file(text))
         log_path = os.path.join(os.path.dirname(path), "log")
         log = fingerd.Log()
-        stack.callback(log.close)
+        stack.callback(close_log, log)
         config = fingerd.read_config(
             path, lambda name, text, level="warning": log.event(
                 level, "backend", name=name, text=text),
@@ -1236,7 +1241,7 @@ class LogTest(unittest.TestCase):
                       "client": "full"}
             log.open(fingerd.types.SimpleNamespace(**{**values, **settings}))
             write(log)
-            log.close()
+            close_log(log)
             return pathlib.Path(path).read_text("ascii").splitlines()
 
     def test_writes_the_line_of_a_query(self):
@@ -1362,7 +1367,7 @@ class LogTest(unittest.TestCase):
                 go.set()
                 for thread in threads:
                     thread.join(HANG)
-            log.close()
+            close_log(log)
             self.assertRegex(pathlib.Path(paths[0]).read_text(), " x\n")
 
     def test_continues_in_the_new_file_when_the_close_of_the_old_fails(self):
@@ -1381,7 +1386,7 @@ class LogTest(unittest.TestCase):
                 log.open(settings)
             self.assertNotEqual(log.output.fd, first)
             log.event("error", "x")
-            log.close()
+            close_log(log)
             self.assertRegex(pathlib.Path(path).read_text(), " x\n")
 
     def test_a_line_goes_out_in_the_format_of_the_log_it_goes_to(self):
@@ -2317,7 +2322,7 @@ class LoopTest(unittest.TestCase):
             opened = [door.is_open(number, 3, now) for number, now in [
                 (2, 0), (3, 1), (4, 2), (2, 3), (3, 4), (2, 5), (3, 11.5),
                 (1, 12)]]
-            log.close()
+            close_log(log)
             said = re.findall("(full|room) clients=(.)",
                               pathlib.Path(path).read_text())
         self.assertEqual(opened, [True, False, False, True, False, True,
@@ -3817,7 +3822,7 @@ class SyslogTest(unittest.TestCase):
                         if row.name == "syslog_address" else row
                         for row in fingerd.SETTINGS]
             log = fingerd.Log()
-            self.addCleanup(log.close)
+            self.addCleanup(close_log, log)
             with self.syslog(path) as sock, mock.patch.object(
                     fingerd, "SETTINGS", settings):
                 ours, client = socket.socketpair()
