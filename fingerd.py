@@ -132,14 +132,14 @@ def is_plain(text: bytes | bytearray) -> bool:
     return text.translate(None, b"-._").isalnum()
 
 
-def whole_line(data: bytes, limit: int) -> bytes:
-    """Give the text of a segment that is a whole line of ASCII, else b"".
+def plain_line(data: bytes, limit: int) -> bytes:
+    """Give the text of a segment that is a whole plain line, else b"".
 
-    Most queries come so, and need no QueryLine.
+    Most queries come so, and need no more than this look at them.
     """
-    if (data.endswith(b"\n") and data.isascii() and data.count(b"\n") == 1
-            and b"\0" not in data and len(data) <= limit):
-        return data.rstrip(b"\r\n")
+    text = data.rstrip(b"\r\n")
+    if data.endswith(b"\n") and len(data) <= limit and is_plain(text):
+        return text
     return b""
 
 
@@ -1754,17 +1754,16 @@ class Deadline(TimeoutError):
 class Wait:
     """What a client waits for."""
 
-    def __init__(self, events: int = 0, seconds: float | None = None) -> None:
+    def __init__(self, events: int = 0) -> None:
         self.events = events        # that a selector reports
-        self.seconds = seconds      # then it goes on; None: it has a deadline
 
 
-LATER = Wait(seconds=0)                         # a turn of the loop
-LEFT = Wait(seconds=LINGER)                     # a moment
-READ = Wait(selectors.EVENT_READ)               # more of the line
-ASK = Wait()                                    # the answer of a thread
-WRITE = Wait(selectors.EVENT_WRITE)             # room for the reply
-CLOSE = Wait(selectors.EVENT_READ)              # its close
+LATER = Wait()                          # a turn of the loop
+READ = Wait(selectors.EVENT_READ)       # more of the line
+ASK = Wait()                            # the answer of a thread
+WRITE = Wait(selectors.EVENT_WRITE)     # room for the reply
+LEFT = Wait()                           # a moment
+CLOSE = Wait(selectors.EVENT_READ)      # its close
 NOTHING = Wait()
 
 
@@ -1898,7 +1897,7 @@ class FingerHandler(socketserver.StreamRequestHandler):
         if not self.line:
             if not data:
                 raise Refused(SILENCE)
-            self.text = whole_line(data, limit)
+            self.text = plain_line(data, limit)
             if self.text:
                 return True
             if data.startswith(PROXY_2):
@@ -2016,7 +2015,8 @@ class Waiting:
 
     def __init__(self):
         self.handlers: Any = {
-            wait: {} for wait in (LEFT, LATER, READ, ASK, WRITE, CLOSE)}
+            wait: {} for wait in (LATER, READ, ASK, WRITE, CLOSE)}
+        self.left: Any = collections.deque()    # those in LEFT: most clients
         self.due = math.inf         # nobody's time is over before
 
     def add(self, handler, wait, deadline):
@@ -2025,12 +2025,23 @@ class Waiting:
         if deadline < self.due:
             self.due = deadline
 
+    def add_left(self, handler, deadline):
+        handler.deadline = deadline
+        self.left.append(handler)
+        if deadline < self.due:
+            self.due = deadline
+
     def remove(self, handler):
         del self.handlers[handler.wait][handler]
         handler.wait = NOTHING
 
+    def take_left(self, now):
+        """Take out those whose moment is over."""
+        while self.left and self.left[0].deadline <= now:
+            yield self.left.popleft()
+
     def overdue(self, now):
-        """Give those whose time is over, until they wait no longer."""
+        """Give the others whose time is over; find out who is due next."""
         for wait, handlers in self.handlers.items():
             late = []
             for handler in handlers:
@@ -2040,8 +2051,8 @@ class Waiting:
             for handler in late:
                 if handler.wait is wait:    # it may have left by now
                     yield handler
-        self.due = min((next(iter(handlers)).deadline
-                        for handlers in self.handlers.values() if handlers),
+        self.due = min((next(iter(handlers)).deadline for handlers
+                        in (self.left, *self.handlers.values()) if handlers),
                        default=math.inf)
 
     def hurry(self, deadline, *waits):
@@ -2254,6 +2265,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
                 key.data(key.fileobj)
             if now >= due:      # what has come since that look is not late
                 self.do_what_is_due(now)
+        self.look_at_left(math.inf)
         for handler in self.waiting.overdue(math.inf):
             self.resume(handler, ConnectionAbortedError())
         self.ended.set()
@@ -2270,13 +2282,11 @@ class FingerServer(socketserver.ThreadingTCPServer):
             not self.hosts.total or time.monotonic() >= self.stop_deadline)
 
     def do_what_is_due(self, now):
-        crowded = {handler.key for handler in self.waiting.handlers[LATER]}
-        for handler in list(crowded and self.waiting.handlers[LEFT]):
-            if handler.key in crowded:
-                self.resume(handler)
+        later = self.waiting.handlers[LATER]
+        self.look_at_left(math.inf if later else now)
         for handler in self.waiting.overdue(now):
-            self.resume(handler, None if handler.wait.seconds is not None
-                        else Deadline())
+            self.resume(handler,
+                        None if handler.wait is LATER else Deadline())
         for chore, due in list(self.chores.items()):
             if now >= due:
                 self.chores[chore] = now + chore()
@@ -2287,8 +2297,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
         """Leave new clients in the kernel's queue while there is no room."""
         limit = self.answers.limits.max_clients
         if self.hosts.total >= limit:
-            for handler in list(self.waiting.handlers[LEFT]):
-                self.resume(handler)                # most of them have closed
+            self.look_at_left(math.inf)             # most of them have closed
             self.door.watch(self.selector, None)    # another is first then
         is_open = self.door.is_open(self.hosts.total, limit, now)
         self.door.watch(self.selector,
@@ -2348,6 +2357,9 @@ class FingerServer(socketserver.ThreadingTCPServer):
         """Keep a handler until what it waits for has come."""
         if handler.wait is not NOTHING:
             self.forget(handler)
+        if wait is LEFT:
+            self.waiting.add_left(handler, time.monotonic() + LINGER)
+            return
         try:
             if wait.events:
                 self.selector.register(handler, wait.events, self.resume)
@@ -2363,8 +2375,8 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     def seconds_for(self, wait):
         """Give a client's time to wait: a timeout for each wait."""
-        if wait.seconds is not None:
-            return wait.seconds
+        if wait is LATER:
+            return 0
         if self.stopping and wait in (READ, CLOSE):
             return GRACE
         return self.answers.limits.timeout + GRACE * (wait is ASK)
@@ -2376,6 +2388,11 @@ class FingerServer(socketserver.ThreadingTCPServer):
         elif handler.wait is ASK:
             self.lookups.give_up(handler)
         self.waiting.remove(handler)
+
+    def look_at_left(self, now):
+        """See which clients of those whose moment is over have closed."""
+        for handler in self.waiting.take_left(now):
+            self.resume(handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log a bug, with the traceback that leads to it."""
@@ -2485,7 +2502,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
         """Close every socket there is, and end the threads."""
         self.lookups.work.put(None)
         self.door.close()
-        for handlers in self.waiting.handlers.values():
+        for handlers in (self.waiting.left, *self.waiting.handlers.values()):
             for handler in handlers:
                 handler.request.close()
         self.selector.close()

@@ -2252,11 +2252,23 @@ class LoopTest(unittest.TestCase):
         self.assertEqual([*waiting.overdue(6.9)], [])
         self.assertEqual((waiting.due, a.deadline), (7, 9))
 
+    def test_those_that_were_answered_have_a_moment_to_close(self):
+        waiting = fingerd.Waiting()
+        a, b, c = map(Stub, "abc")
+        waiting.add_left(a, 2)
+        waiting.add_left(b, 3)
+        waiting.add(c, fingerd.READ, 4)
+        self.assertEqual((waiting.due, [*waiting.take_left(1)]), (2, []))
+        self.assertEqual([*waiting.take_left(2)], [a])
+        self.assertEqual(([*waiting.overdue(2)], waiting.due), ([], 3))
+        self.assertEqual([*waiting.take_left(math.inf)], [b])
+        self.assertEqual(([*waiting.overdue(3)], waiting.due), ([], 4))
+
     def test_whoever_leaves_while_others_are_ended_is_not_ended_again(self):
         waiting = fingerd.Waiting()
         a, b = map(Stub, "ab")
         for stub in (a, b):
-            waiting.add(stub, fingerd.LEFT, 1)
+            waiting.add(stub, fingerd.READ, 1)
         due = []
         for stub in waiting.overdue(1):
             due.append(stub)
