@@ -1204,7 +1204,7 @@ class Log:
               sent: int, ms: int) -> None:
         """Write the line of a connection: bytes sent, milliseconds it took.
 
-        What is hidden of an address a port could give away: it is 0 then.
+        A port could give a hidden address away: it is 0 then.
         """
         if self.level > INFO:
             return
