@@ -1816,8 +1816,7 @@ class BackendsTest(ServerCase):
         self.assertEqual(read_all(first), FAILED)
         first.close()
         for state in ("asking", "queued"):
-            server.wait_log(r'reason="no backend answered in time \('
-                            + state)
+            server.wait_log(r'reason="no backend answered in time \(' + state)
         self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
         backend.release.set()
         wait_until(lambda: not server.server.lookups.threads, "the thread")
@@ -3068,6 +3067,17 @@ class ProcessTest(unittest.TestCase):
                                  + ("TERM" if nohup else "HUP"))
                 self.assertEqual(os.waitpid(pid, 0), (pid, 0))
 
+    def test_only_root_can_become_another(self):
+        namespace = types.SimpleNamespace
+        with as_nobody():
+            self.assertIsNone(fingerd.choose_ids(namespace(
+                user=None, group=None, chroot="")))
+            for change in ({"user": fingerd.User("root", 0, 0)},
+                           {"group": 54321}, {"chroot": "/"}):
+                daemon = {"user": None, "group": None, "chroot": "", **change}
+                with self.assertRaisesRegex(fingerd.StartError, "only root"):
+                    fingerd.choose_ids(namespace(**daemon))
+
     def test_importing_it_does_nothing(self):
         done = subprocess.run(
             [sys.executable, "-c", "import fingerd, threading;"
@@ -3853,14 +3863,14 @@ class SyslogTest(unittest.TestCase):
             program.wait_log("^who: ready ")
 
 
+@needs_root
+@needs_proc
 class PrivilegesTest(unittest.TestCase):
     """Root at the start, nobody after, read from the running process."""
 
     def ids(self, program):
         return [program.status(key) for key in ("Uid", "Gid", "Groups")]
 
-    @needs_root
-    @needs_proc
     def test_becomes_nobody_for_good(self):
         host = f"127.79.{os.getpid() % 250 + 1}.2"
         nobody = pwd.getpwnam("nobody")
@@ -3879,8 +3889,6 @@ class PrivilegesTest(unittest.TestCase):
             program.wait_log('user name=nobody reason="started as root')
             program.wait_log("ready .* user=nobody")
 
-    @needs_root
-    @needs_proc
     def test_takes_the_group_of_a_user_and_numbers_without_an_entry(self):
         entry, nobody = pwd.getpwnam("daemon"), pwd.getpwnam("nobody")
         for args, uid, gid in [
@@ -3897,25 +3905,12 @@ class PrivilegesTest(unittest.TestCase):
                     self.assertEqual(program.status("Groups"), [str(gid)])
                 self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
 
-    @needs_root
     def test_a_pidfile_it_cannot_remove_is_emptied(self):
         with background() as program:
             self.assertEqual(program.run("--stop"), (0, "", ""))
             self.assertEqual(os.path.getsize(program.pidfile), 0)
             self.assertEqual(program.start(), (0, "", ""))
 
-    def test_only_root_can_become_another(self):
-        namespace = types.SimpleNamespace
-        with as_nobody():
-            self.assertIsNone(fingerd.choose_ids(namespace(
-                user=None, group=None, chroot="")))
-            for change in ({"user": fingerd.User("root", 0, 0)},
-                           {"group": 54321}, {"chroot": "/"}):
-                daemon = {"user": None, "group": None, "chroot": "", **change}
-                with self.assertRaisesRegex(fingerd.StartError, "only root"):
-                    fingerd.choose_ids(namespace(**daemon))
-
-    @needs_root
     def test_works_inside_an_empty_chroot(self):
         origin = Origin({"/~carol": text_page("Carol's page\n")})
         self.addCleanup(origin.close)
@@ -3941,7 +3936,6 @@ class PrivilegesTest(unittest.TestCase):
                 self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
                 self.assertEqual(os.listdir(empty), [])
 
-    @needs_root
     def test_reloads_a_config_and_a_log_that_are_inside_the_chroot(self):
         with background(start=False) as program:
             self.assertEqual(program.start("--chroot", program.directory,
@@ -3955,7 +3949,6 @@ class PrivilegesTest(unittest.TestCase):
                 program.wait_log(f"reloaded config={program.config}$", number)
             self.assertEqual(ask(address, b"moshez\r\n"), b"new\r\n")
 
-    @needs_root
     def test_ends_if_rights_of_root_remain(self):
         def stay_root(uid):
             os.setresuid(uid, uid, 0)
@@ -3970,7 +3963,6 @@ class PrivilegesTest(unittest.TestCase):
                 self.assertEqual((status, err.splitlines()[-1]),
                                  (1, f"fingerd: {message}"))
 
-    @needs_root
     def test_a_program_that_is_not_in_the_chroot_is_a_config_error(self):
         with installed() as program, tempfile.TemporaryDirectory() as chroot:
             os.mkdir(os.path.join(chroot, "bin"))
@@ -3983,8 +3975,6 @@ class PrivilegesTest(unittest.TestCase):
                 self.assertIn(f':4: command: "{command}" is not inside the'
                               f" chroot {chroot}; put it there", err)
 
-    @needs_root
-    @needs_proc
     def test_a_query_from_the_command_line_runs_nothing_as_root(self):
         with config_file("[server]\nbackend = finger\n[finger]\n"
                          "command = /usr/bin/id -u\n") as path:
@@ -3992,7 +3982,6 @@ class PrivilegesTest(unittest.TestCase):
                 run_fingerd("--config", path, "--query", "x", fresh=True),
                 (0, f"{pwd.getpwnam('nobody').pw_uid}\n", ""))
 
-    @needs_root
     def test_root_takes_no_config_from_where_others_write(self):
         with config_file(USERS) as path:
             os.chmod(path, 0o666)
@@ -4020,8 +4009,6 @@ class PrivilegesTest(unittest.TestCase):
             finally:
                 process.kill()
 
-    @needs_root
-    @needs_proc
     def test_root_signals_nobody_by_a_forged_pidfile(self):
         with background() as program, tempfile.TemporaryDirectory() as folder:
             os.chmod(folder, 0o1777)
@@ -4060,7 +4047,6 @@ class PrivilegesTest(unittest.TestCase):
                 self.assertEqual(process.wait(HANG), -signal.SIGTERM)
             self.assertNotIn("reloaded", "\n".join(program.log()))
 
-    @needs_root
     def test_who_may_not_open_the_pidfile_cannot_tell(self):
         read_config("")     # with the modules that nobody may not read
         with background() as program, as_nobody():
@@ -4068,7 +4054,6 @@ class PrivilegesTest(unittest.TestCase):
                 4, "", "fingerd: cannot read the pidfile: permission"
                        f" denied: {program.pidfile}\n"))
 
-    @needs_root
     @needs("unshare")
     def test_a_process_of_another_namespace_is_not_believed(self):
         with background() as program:
@@ -4082,7 +4067,6 @@ class PrivilegesTest(unittest.TestCase):
                 1, "fingerd: cannot read the pidfile: a process of another"
                    " namespace has locked it\n"))
 
-    @needs_root
     def test_root_writes_no_log_where_another_user_wants_it(self):
         with installed() as program, tempfile.TemporaryDirectory() as sticky:
             ours, log, theirs = (os.path.join(folder, name) for folder, name in
@@ -4140,7 +4124,6 @@ class PrivilegesTest(unittest.TestCase):
             self.assertEqual(os.listdir(ours), ["file"])
             self.assertEqual(pathlib.Path(file).read_text(), "precious")
 
-    @needs_root
     def test_root_writes_its_log_to_what_is_its_own_or_the_users(self):
         with background(start=False) as program, \
                 tempfile.TemporaryDirectory() as folder:
@@ -4686,8 +4669,7 @@ class CommandLineTest(unittest.TestCase):
                     f"{command} {words}", shell=True, text=True,
                     stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
                     timeout=HANG)
-                self.assertEqual((done.returncode, done.stderr),
-                                 (status, err))
+                self.assertEqual((done.returncode, done.stderr), (status, err))
 
     @needs_proc
     def test_never_writes_its_log_to_a_client(self):
@@ -4887,8 +4869,7 @@ class Origin(http.server.ThreadingHTTPServer):
         with contextlib.suppress(OSError):
             if self.greet:
                 with request.makefile("wb", 0) as wfile:
-                    self.greet(types.SimpleNamespace(server=self,
-                                                     wfile=wfile))
+                    self.greet(types.SimpleNamespace(server=self, wfile=wfile))
             if self.tls:
                 request = self.tls.wrap_socket(request, server_side=True)
             with request:
@@ -5138,6 +5119,9 @@ class BackendCase(Case):
 
     def ask(self, backend, user, verbose=False, timeout=HANG):
         return backend.lookup(user, verbose, CLIENT, timeout)
+
+    def list(self, backend, verbose=False, timeout=HANG):
+        return backend.user_list(verbose, CLIENT, timeout)
 
     def assert_fails(self, pattern, function, *args, kind=OSError):
         """Check that a failure is of the built-in kind, in one line."""
@@ -5484,8 +5468,7 @@ class FingerBackendTest(BackendCase):
 
     def make_script(self, text, command="{user}", **options):
         path = self.write_script(text)
-        return self.make(FingerBackend, command=f"{path} {command}",
-                         **options)
+        return self.make(FingerBackend, command=f"{path} {command}", **options)
 
     def test_puts_the_name_into_one_argument_without_a_shell(self):
         backend = self.make_script(
@@ -5557,7 +5540,7 @@ class FingerBackendTest(BackendCase):
         for user, verbose, said in (
                 ("alice", "", self.ask(backend, "alice")),
                 ("alice", "1", self.ask(backend, "alice", True)),
-                ("", "1", backend.user_list(True, CLIENT, HANG))):
+                ("", "1", self.list(backend, True))):
             self.assertEqual(sorted(said.splitlines()), [
                 "FINGER_CLIENT=192.0.2.7", f"FINGER_USER={user}",
                 f"FINGER_VERBOSE={verbose}", "LC_ALL=C.UTF-8",
@@ -5646,8 +5629,7 @@ class FingerBackendTest(BackendCase):
             self.assertEqual(self.ask(backend, "alice", True), text)
         silent = self.write_script("exit 4")
         backend = self.make(FingerBackend, command="true", list_command=silent)
-        self.assert_fails(f"^{silent}: gave no list$",
-                          backend.user_list, False, CLIENT, HANG)
+        self.assert_fails(f"^{silent}: gave no list$", self.list, backend)
 
     def test_leaves_nothing_behind_and_waits_for_nobody(self):
         late = TimeoutError("/script: timed out, killed$")
@@ -5941,7 +5923,7 @@ class WebBackendTest(BackendCase):
         origin = self.start_origin()
         backend = self.make_web(origin, index=origin.url + "/list")
         self.assert_fails(f"^GET {origin.url}/list: there is no such page$",
-                          backend.user_list, False, CLIENT, HANG)
+                          self.list, backend)
 
     def test_makes_text_of_html(self):
         for page, text in (
@@ -6445,8 +6427,7 @@ class WebBackendTest(BackendCase):
                 def page(handler, status=status, asking=asking):
                     wait_until(lambda: len(asking) == 32, "all to ask")
                     handler.server.leaving.wait(0.05)
-                    handler.wfile.write(
-                        b"HTTP/1.0 %d x\r\n\r\nhi\n" % status)
+                    handler.wfile.write(b"HTTP/1.0 %d x\r\n\r\nhi\n" % status)
 
                 origin = self.start_origin({"/~x": page})
                 backend = self.make_web(origin, cache=cache)
@@ -6721,8 +6702,7 @@ class FilesBackendTest(BackendCase):
         backend = self.make_files({name: name for name in tries})
         for number, name in enumerate(tries):
             self.assertEqual(self.ask(backend, "Alice"), name)
-            self.assertEqual(self.ask(backend, "alice"),
-                             tries[max(number, 2)])
+            self.assertEqual(self.ask(backend, "alice"), tries[max(number, 2)])
             os.remove(os.path.join(self.folder, name))
         self.assertIsNone(self.ask(backend, "Alice"))
 
@@ -6809,7 +6789,7 @@ class FilesBackendTest(BackendCase):
                 self.assertEqual(self.ask(backend, name), "a file")
         with self.takes(0, PROMPT):
             self.assertEqual(
-                backend.user_list(False, CLIENT, HANG).splitlines(),
+                self.list(backend).splitlines(),
                 [f"{name:9}  a file" for name in sorted(names)])
 
     def test_is_text_whatever_is_in_it_at_the_moment(self):
@@ -6824,8 +6804,7 @@ class FilesBackendTest(BackendCase):
                 self.assertEqual(self.ask(backend, "alice"), text)
         os.truncate(write_file(self.folder, "alice", "huge\n"), 1 << 40)
         with self.takes(0, PROMPT):
-            self.assertEqual(self.ask(backend, "alice"),
-                             "huge\n[truncated]\n")
+            self.assertEqual(self.ask(backend, "alice"), "huge\n[truncated]\n")
         os.remove(os.path.join(self.folder, "alice"))
         self.assertIsNone(self.ask(backend, "alice"))
 
@@ -6836,7 +6815,7 @@ class FilesBackendTest(BackendCase):
             ".hidden": "no", "b@c": "no", os.fsdecode(b"\xff"): "no"},
             list=True)
         self.assertEqual(
-            backend.user_list(False, CLIENT, HANG),
+            self.list(backend),
             "Alice  Liddell\nbob    Builder\nempty  \nlong   "
             + "x" * 1000 + "\n")
         self.assert_fails("timed out", backend.user_list, False, CLIENT, 0,
@@ -6845,7 +6824,7 @@ class FilesBackendTest(BackendCase):
         self.assert_fails("index: is not a file in /", backend.user_list,
                           False, CLIENT, HANG)
         write_file(self.folder, "index", "Welcome")
-        self.assertEqual(backend.user_list(False, CLIENT, HANG), "Welcome")
+        self.assertEqual(self.list(backend), "Welcome")
 
     def test_what_it_may_not_read_is_unknown(self):
         os.chmod(write_file(self.folder, "alice", "secret"), 0)
@@ -6877,8 +6856,7 @@ class FilesBackendTest(BackendCase):
             self.assertEqual(
                 program.start("--chroot", program.directory, fresh=True),
                 (0, "", ""))
-            self.assertEqual(ask(program.address, b"alice\r\n"),
-                             b"Alice\r\n")
+            self.assertEqual(ask(program.address, b"alice\r\n"), b"Alice\r\n")
             write_file(program.directory, "texts/bob", "Bob\n")
             self.assertEqual(ask(program.address, b"BOB\r\n"), b"Bob\r\n")
 
@@ -7023,7 +7001,7 @@ class SqlBackendTest(BackendCase):
                 ("SELECT name FROM people WHERE name > 'x'", ""),
                 (endless, "x\n" * fingerd_backends.MAX_ROWS)):
             backend = self.make_sql(list_query=query)
-            self.assertEqual(backend.user_list(False, CLIENT, HANG), text)
+            self.assertEqual(self.list(backend), text)
 
     def test_changes_nothing_and_makes_no_file(self):
         for query in ("DELETE FROM people WHERE name = ?",
@@ -7069,7 +7047,7 @@ class SqlBackendTest(BackendCase):
                     " password='1 2' quoted=\"7\"\n  options='-c a=b'",
             list_query="SELECT 'a%'")
         self.assertEqual(self.ask(backend, "alice"), "I am here\n")
-        self.assertEqual(backend.user_list(False, CLIENT, HANG), "I am here\n")
+        self.assertEqual(self.list(backend), "I am here\n")
         connection, = module.connections
         self.assertEqual(connection.words, {
             "dbname": "people", "port": 5432, "timeout": -1, "host": "::1",
@@ -7293,7 +7271,7 @@ class PostgresTest(BackendCase):
                 results = in_threads([
                     lambda: self.ask(backend, "carol"),
                     lambda: self.ask(backend, "broken"),
-                    lambda: backend.user_list(False, CLIENT, HANG)] * 4)
+                    lambda: self.list(backend)] * 4)
                 self.assertEqual(results[::3], ["I am Carol.\n"] * 4)
                 self.assertEqual(results[2::3], ["name: carol\nn: 1\n"] * 4)
                 for error in results[1::3]:
@@ -7512,8 +7490,7 @@ class AccountsBackendTest(BackendCase):
         os.truncate(path, 1 << 40)
         backend = self.system.make(self)
         with as_nobody(), self.takes(0, PROMPT):
-            self.assertEqual(self.plan(backend),
-                             "Plan:\nlong\n[truncated]\n")
+            self.assertEqual(self.plan(backend), "Plan:\nlong\n[truncated]\n")
         os.chmod(path, 0)
         with as_nobody():
             self.assertEqual(self.plan(backend), "No Plan.\n")
@@ -7538,8 +7515,7 @@ class AccountsBackendTest(BackendCase):
 
     def test_lists_who_is_logged_in_and_not_hidden(self):
         backend = self.system.make(self, show="login")
-        self.assertEqual(backend.user_list(False, CLIENT, HANG),
-                         "No one logged on.\n")
+        self.assertEqual(self.list(backend), "No one logged on.\n")
         self.make_hidden()
         self.system.add("bob", "Bob Builder,Room 1")
         self.system.log_in(
@@ -7547,7 +7523,7 @@ class AccountsBackendTest(BackendCase):
             ("bob", "tty2", "host", DAY), ("ghost", "tty3", "", NOW),
             ("", "tty4", "", NOW), ("bob", "tty5", "", NOW, 8))
         with as_nobody():
-            text = backend.user_list(False, CLIENT, HANG)
+            text = self.list(backend)
         first, *rows = text.splitlines()
         # As rogallo 3.2 knows a list, and the names in it.
         self.assertRegex(first, r"^Login\s+Name\s+Login Time\s*$")
@@ -7569,13 +7545,12 @@ class AccountsBackendTest(BackendCase):
             ("alice", "tty3", "", NOW), ("bob", "tty4", "", DAY))
         backend = self.system.make(self, show="login plan")
         self.assertEqual(
-            backend.user_list(True, CLIENT, HANG), "\n".join(
+            self.list(backend, True), "\n".join(
                 self.ask(backend, name) for name in ("bob", "alice")))
         self.assert_fails("timed out", backend.user_list, True, CLIENT, 0,
                           kind=TimeoutError)
         self.system.log_in(("file", "tty2", "", NOW))
-        self.assertEqual(backend.user_list(True, CLIENT, HANG),
-                         "No one logged on.\n")
+        self.assertEqual(self.list(backend, True), "No one logged on.\n")
 
     # Full names.
 
@@ -8139,8 +8114,7 @@ class FleetTest(unittest.TestCase):
                                    and query.ended > kill):
                 self.assertEqual(query.reply, HAPPY, query)
         logged = self.clients(*programs)
-        self.assertEqual(set(logged) - {query.client for query in done},
-                         set())
+        self.assertEqual(set(logged) - {query.client for query in done}, set())
         missing = {query.client for query in done} - set(logged)
         self.assertEqual(missing - {
             query.client for query in done
