@@ -2024,6 +2024,7 @@ class ProxyTest(unittest.TestCase):
                 b"alice\r\n", b"proxy UNKNOWN\r\n", b"PROXY  UNKNOWN\r\n",
                 b"PROXY UNKNOWN\n\r\n", b"PROXY UNKNOWNS\r\n",
                 b"PROXY UNKNOWN " + b"f" * 92 + b"\r\n", b"PROXY \r\n",
+                b"PROXY UNKNOWN " + b"f" * 93,
                 b"PROXY TCP4\r\n", b"PROXY TCP5 ::1 ::1 1 1\r\n",
                 *(b"PROXY TCP4 " + rest + b"\r\n" for rest in (
                     b"192.0.2.7 192.0.2.1 4711", b"::1 ::1 1 1",
@@ -2054,6 +2055,22 @@ class ProxyTest(unittest.TestCase):
                     for end in range(len(data) + 1):
                         self.assertIsNone(
                             fingerd.parse_proxy_header(data[:end]))
+
+    def test_random_bytes_are_a_header_or_malformed_or_incomplete(self):
+        seeded = random.Random(79)
+        headers = [*proxied("192.0.2.7"), *proxied("2001:db8::5", 1, "::1"),
+                   b"PROXY UNKNOWN\r\n", proxy_2(0, command=0x20)]
+        kinds = set()
+        for _ in range(5000):
+            data = bytearray(seeded.choice(headers))
+            for _ in range(seeded.choice((0, 1, 1, 1, 2))):
+                data[seeded.randrange(len(data))] = seeded.randrange(256)
+            try:
+                kinds.add(type(fingerd.parse_proxy_header(bytes(data))))
+            except fingerd.MalformedQuery as error:
+                kinds.add(type(error))
+        self.assertEqual(kinds, {fingerd.ProxyHeader, fingerd.MalformedQuery,
+                                 type(None)})
 
     @contextlib.contextmanager
     def balanced(self, limits="", more=""):
@@ -3629,6 +3646,9 @@ class StatsTest(unittest.TestCase):
                 samples[f'fingerd_query_seconds_bucket{{le="{bound}"}}'],
                 number)
         self.assertEqual(samples["fingerd_query_seconds_sum"], 11.3005)
+        self.assertEqual(samples["fingerd_query_seconds_count"], 3)
+        self.assertEqual(list(fingerd.BUCKETS), sorted(fingerd.BUCKETS))
+        self.assertEqual(fingerd.STATS_PERIOD, 15)
         self.assertEqual(samples["fingerd_clients"], 2)
         self.assertEqual(samples["fingerd_threads"], 1)
         self.assertEqual(samples['fingerd_reloads_total{result="ok"}'], 3)
