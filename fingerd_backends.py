@@ -1060,7 +1060,7 @@ def limit_sqlite(connection, deadline):
     connection.text_factory = bytes     # it may be no UTF-8
 
 
-def spell_rows(columns, rows):
+def format_rows(columns, rows):
     """Give a line for each value that is not NULL; None if there is none."""
     lines = []
     for column, value in itertools.chain(*(zip(columns, row) for row in rows)):
@@ -1161,7 +1161,7 @@ class SqlBackend:
             with contextlib.closing(connection.cursor()) as cursor:
                 cursor.execute(*query)
                 columns = [column[0] for column in cursor.description or ()]
-                text = spell_rows(columns, cursor.fetchmany(MAX_ROWS))
+                text = format_rows(columns, cursor.fetchmany(MAX_ROWS))
             connection.rollback()
         except Exception as error:      # the module's, or what it lets through
             with contextlib.suppress(Exception):    # it may be dead, or None
@@ -1183,7 +1183,7 @@ class SqlBackend:
 FILES = {"forward": "Mail forwarded to ", "mail": "", "pgpkey": "PGP key:\n",
          "project": "Project:\n", "plan": "Plan:\n"}
 ITEMS = ("home", "shell", "office", "phone", "login", "from", "idle", *FILES)
-SAME_TIME = 0.02        # seconds that it takes at least to know nobody
+SAME_TIME = 0.02        # seconds that an unknown user takes at least
 HALF_YEAR = 365 * 86400 / 2     # seconds: an older login is shown with year
 MAX_MATCHES = 8         # accounts of one real name: as names in a query
 MATCH_TIME = 60         # seconds between two walks through all of passwd
@@ -1241,7 +1241,7 @@ def split_gecos(entry):
     return [fields[0].replace("&", login), *fields[1:]]
 
 
-def spell_phone(number):
+def format_phone(number):
     """Put hyphens into a number that is digits only."""
     signs = {4: "x", 5: "x", 7: "", 10: "", 11: "+"}
     if len(number) not in signs or re.search("[^0-9]", number):
@@ -1250,13 +1250,13 @@ def spell_phone(number):
     return signs[len(number)] + "-".join(filter(None, parts))
 
 
-def spell_office(office, phone, home_phone):
+def format_office(office, phone, home_phone):
     """Give office and phones a line each, or one to two of them that fit."""
     texts = [office and f"Office: {office}",
-             phone and f"Office Phone: {spell_phone(phone)}",
-             home_phone and f"Home Phone: {spell_phone(home_phone)}"]
+             phone and f"Office Phone: {format_phone(phone)}",
+             home_phone and f"Home Phone: {format_phone(home_phone)}"]
     if office and phone and len(office) + len(phone) <= 31:
-        texts[:2] = [f"Office: {office}, {spell_phone(phone)}"]
+        texts[:2] = [f"Office: {office}, {format_phone(phone)}"]
     lines, line = "", ""
     for text in filter(None, texts):
         column = max(48, len(line) // 8 * 8 + 8)
@@ -1268,11 +1268,11 @@ def spell_office(office, phone, home_phone):
     return lines + line + "\n" * bool(line)
 
 
-def spell_time(seconds, year=""):
+def format_time(seconds, year=""):
     return time.strftime(f"%a %b %e %R {year}(%Z)", time.localtime(seconds))
 
 
-def spell_idle(tty, indent):
+def format_idle(tty, indent):
     """Report how long a terminal is idle, and whether it takes messages."""
     try:
         info = os.stat("/dev/" + tty)
@@ -1291,7 +1291,7 @@ def spell_idle(tty, indent):
     return text
 
 
-def spell_mail(path):
+def format_mail(path):
     """Report when mail came and was read; nothing if we may not see it."""
     try:
         info = os.stat(path)
@@ -1301,12 +1301,12 @@ def spell_mail(path):
     if not info.st_size:
         return "No mail.\n"
     if came <= read:
-        return f"Mail last read {spell_time(read, '%Y ')}\n"
-    return (f"New mail received {spell_time(came, '%Y ')}\n"
-            f"     Unread since {spell_time(read, '%Y ')}\n")
+        return f"Mail last read {format_time(read, '%Y ')}\n"
+    return (f"New mail received {format_time(came, '%Y ')}\n"
+            f"     Unread since {format_time(read, '%Y ')}\n")
 
 
-def spell_file(home, owner, item):
+def format_file(home, owner, item):
     """Give the text of a user's own file, or what is said without one."""
     text = read_file(home, f".{item}", owner)
     if text is None:
@@ -1359,7 +1359,7 @@ class AccountsBackend:
                          " accounts out of backend")
 
     def lookup(self, user, verbose, client, timeout):
-        """Give what is shown of the accounts of a name; None: nobody's."""
+        """Give what is shown of the accounts of a name; None: no such user."""
         soonest = time.monotonic() + min(SAME_TIME, timeout)
         items = self._items(client)
         texts = [self._visit(entry, functools.partial(self._describe, items))
@@ -1418,7 +1418,7 @@ class AccountsBackend:
             return []
         logins = [name, name.lower()]
         if self.options["match_names"]:
-            with self.lock:     # who waits for it finds it done
+            with self.lock:     # a thread that waits finds it done
                 names = self.index_names(time.monotonic() // MATCH_TIME)
             logins += names.get(name.lower(), [])[:MAX_MATCHES]
         entries = filter(None, map(self._account, dict.fromkeys(logins)))
@@ -1462,17 +1462,17 @@ class AccountsBackend:
             ("shell", f"Shell: {entry.pw_shell or '/bin/sh'}"))
             if item in items).rstrip(" ")
         lines = [f"Login: {entry.pw_name:15}\t\t\tName: {name}\n",
-                 place + "\n" * bool(place), spell_office(*gecos)]
+                 place + "\n" * bool(place), format_office(*gecos)]
         if "login" in items:
             lines += self._login_lines(items, entry)
         for item in filter(items.__contains__, FILES):
             lines.append(
-                spell_mail(self.mail + entry.pw_name) if item == "mail" else
-                spell_file(home, entry.pw_uid, item))
+                format_mail(self.mail + entry.pw_name) if item == "mail" else
+                format_file(home, entry.pw_uid, item))
         return "".join(lines)
 
     def _login_lines(self, items, entry):
-        """Tell of the logins there are, and of a later one or the last."""
+        """Yield a line for each login, and for a later one or the last."""
         logins = [login for login in read_logins(self.utmp, items)
                   if login.name == entry.pw_name[:32]]
         last = read_last_login(self.lastlog, items, entry.pw_uid)
@@ -1484,12 +1484,12 @@ class AccountsBackend:
         for login in logins:
             idle = ""
             if "idle" in items:
-                idle = spell_idle(login.tty, "\n" * (" from " in login.place)
+                idle = format_idle(login.tty, "\n" * (" from " in login.place)
                                   + " " * (width - len(login.tty) + 3))
-            yield f"On since {spell_time(login.since)}{login.place}{idle}\n"
+            yield f"On since {format_time(login.since)}{login.place}{idle}\n"
         if last and last.since:
             old = time.time() - last.since >= HALF_YEAR
-            yield (f"Last login {spell_time(last.since, '%Y ' * old)}"
+            yield (f"Last login {format_time(last.since, '%Y ' * old)}"
                    f"{last.place}\n")
         elif last:
             yield "Never logged in.\n"
