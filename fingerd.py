@@ -3623,8 +3623,9 @@ def parse_options(argv: list[str]) -> Any:
 
 def settings_text() -> str:
     """List all settings with their defaults, section by section."""
-    rows = [*SETTINGS, Setting("users", "NAME", "text", "TEXT",
-                               "a user, and the text about that user")]
+    rows = [*SETTINGS,
+            Setting("aliases", "NAME", "text", "NAMES", "names to answer for"),
+            Setting("users", "NAME", "text", "TEXT", "what to answer")]
     for name, cls in load_backends()[0].items():
         rows += [Setting(name, *row) for row in cls.settings or ()]
     lines = ["settings of the config file, and their defaults:"]

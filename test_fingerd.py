@@ -1165,6 +1165,7 @@ class ExampleTest(unittest.TestCase):
             self.assertIn(f"  {row.name} = {row.default}".rstrip(),
                           section.partition("\n\n")[0])
         self.assertIn("\n[users]\n  NAME = TEXT  ", out)
+        self.assertIn("\n[aliases]\n  NAME = NAMES  ", out)
         for flags, *_ in (*fingerd.OPTIONS, *fingerd.SWITCHES):
             for flag in flags:
                 self.assertRegex(out, rf"(?m)^  (.* )?{flag}\b")
