@@ -3197,19 +3197,17 @@ class Daemon:
 
     def watch_signals(self) -> None:
         """Have signals noted and the loop woken: the loop acts on them."""
-        def note(number: int, frame: Any) -> None:
-            self.server.inbox.signals.append(number)
-
-        self.server.inbox.actions = {
+        inbox = self.server.inbox
+        inbox.actions = {
             signal.SIGTERM: functools.partial(self.stop, "SIGTERM"),
             signal.SIGINT: functools.partial(self.stop, "SIGINT"),
             signal.SIGHUP: self.hang_up, signal.SIGUSR1: self.log_counters}
         for number in SIGNALS:
-            signal.signal(number, note)
+            signal.signal(number, lambda number, _: inbox.signals.append(
+                number))
         # A launcher may have left it ignored: then no program has a status.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.set_wakeup_fd(self.server.inbox.waker.fileno(),
-                             warn_on_full_buffer=False)
+        signal.set_wakeup_fd(inbox.waker.fileno(), warn_on_full_buffer=False)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def stop(self, name: str) -> None:
