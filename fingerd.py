@@ -3465,11 +3465,8 @@ def signal_daemon(path: str, number: int) -> int:
     if not pid:
         say(b"fingerd is not running\n")
         return 0
-    try:
+    with attempt(f"signal pid {pid}"):
         os.kill(pid, number)
-    except OSError as error:
-        raise StartError(f"cannot signal pid {pid}:"
-                         f" {reason(error)}") from None
     return pid
 
 
@@ -3536,24 +3533,21 @@ def write_bundle(path: str) -> None:
     _, failure = load_backends()
     if failure:
         raise ConfigError(f"--bundle: {failure}")
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            for name, module in [("fingerd", __name__),
-                                 ("fingerd_backends", "fingerd_backends")]:
-                loader: Any = sys.modules[module].__loader__
-                pathlib.Path(folder, f"{name}.py").write_text(
-                    loader.get_source(module), "utf-8")
-            compileall.compile_dir(
-                folder, ddir="", quiet=2, legacy=True, invalidation_mode=(
-                    py_compile.PycInvalidationMode.UNCHECKED_HASH))
-            with open(path, "wb") as bundle:    # it may be the one that runs
-                zipapp.create_archive(folder, bundle, "/usr/bin/env python3",
-                                      "fingerd:run", compressed=True)
-                if stat.S_ISREG(os.fstat(bundle.fileno()).st_mode):
-                    os.fchmod(bundle.fileno(), 0o755)
-    except OSError as error:
-        raise StartError(f"cannot write the bundle: {reason(error)}"
-                         ) from None
+    with attempt("write the bundle"), \
+            tempfile.TemporaryDirectory() as folder:
+        for name, module in [("fingerd", __name__),
+                             ("fingerd_backends", "fingerd_backends")]:
+            loader: Any = sys.modules[module].__loader__
+            pathlib.Path(folder, f"{name}.py").write_text(
+                loader.get_source(module), "utf-8")
+        compileall.compile_dir(
+            folder, ddir="", quiet=2, legacy=True, invalidation_mode=(
+                py_compile.PycInvalidationMode.UNCHECKED_HASH))
+        with open(path, "wb") as bundle:    # it may be the one that runs
+            zipapp.create_archive(folder, bundle, "/usr/bin/env python3",
+                                  "fingerd:run", compressed=True)
+            if stat.S_ISREG(os.fstat(bundle.fileno()).st_mode):
+                os.fchmod(bundle.fileno(), 0o755)
 
 
 # ---- Command line ---------------------------------------------------------
@@ -3669,13 +3663,9 @@ def carry_out(args: Any, log: Log) -> int:
 
 def say(data: bytes) -> None:
     """Write to stdout; a closed pipe is not an error."""
-    try:
+    with attempt("print"), contextlib.suppress(BrokenPipeError):
         while data:
             data = data[os.write(1, data):]
-    except BrokenPipeError:
-        pass
-    except OSError as error:
-        raise StartError(f"cannot print: {reason(error)}") from None
 
 
 def complain(text: str, level: str = "error") -> None:
