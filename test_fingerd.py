@@ -2061,7 +2061,7 @@ class ProxyTest(unittest.TestCase):
         seeded = random.Random(79)
         headers = [*proxied("192.0.2.7"), *proxied("2001:db8::5", 1, "::1"),
                    b"PROXY UNKNOWN\r\n", proxy_2(0, command=0x20)]
-        kinds = set()
+        kinds: set[Any] = set()
         for _ in range(5000):
             data = bytearray(seeded.choice(headers))
             for _ in range(seeded.choice((0, 1, 1, 1, 2))):
