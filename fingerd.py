@@ -2443,7 +2443,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
                 reply = FIXED_REPLIES["failed"]
             self.inbox.replies.append((request, reply))
             self.inbox.wake()
-            request = reply = None      # keep nothing while there is no work
+            del request, reply          # keep nothing while there is no work
             request = self.lookups.work.get()
         self.lookups.work.put(None)     # for the next thread
 
