@@ -8128,12 +8128,12 @@ class FleetTest(unittest.TestCase):
             if query.reply or not (query.began < killed
                                    and query.ended > kill):
                 self.assertEqual(query.reply, HAPPY, query)
-        logged = self.clients(*programs)
-        self.assertEqual(set(logged) - {query.client for query in done}, set())
-        missing = {query.client for query in done} - set(logged)
-        self.assertEqual(missing - {
-            query.client for query in done
-            if query.began < killed and query.ended > kill - 1}, set())
+        logged = set(self.clients(*programs))
+        self.assertEqual(logged - {query.client for query in done}, set())
+        missing = [query for query in done if query.client not in logged]
+        for query in missing:
+            self.assertLess(query.began, killed)
+        self.assertLess(len(missing), 9)    # two of each thread at most
 
     def test_limits_and_deny_see_the_client_and_no_health_check(self):
         text = self.CONFIG.replace("\n", "\ndeny = 127.0.0.1 127.0.0.22\n", 1)
