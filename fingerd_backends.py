@@ -57,12 +57,15 @@ MAX_CHECK = 0.5     # seconds for all names that a pattern is tried on
 
 def make_text(data: Any, codec: str, limit: int, convert: Any = str) -> str:
     """Make text of limit bytes at most, cut at a line; bad ones as \\x9b."""
-    decoder = codecs.getincrementaldecoder(codec)("backslashreplace")
-    pieces = [decoder.decode(data[start:min(start + PIECE, limit)])
-              for start in range(0, min(len(data), limit), PIECE)]
-    whole = len(data) <= limit
-    # Half a character that the limit has left is dropped, here and below.
-    text = convert("".join(pieces) + decoder.decode(b"", whole))
+    whole, data = len(data) <= limit, data[:limit]
+    if whole and len(data) <= PIECE:        # as most are
+        text = convert(data.decode(codec, "backslashreplace"))
+    else:
+        decoder = codecs.getincrementaldecoder(codec)("backslashreplace")
+        pieces = [decoder.decode(data[start:start + PIECE])
+                  for start in range(0, len(data), PIECE)]
+        # Half a character at the limit is dropped, here and below.
+        text = convert("".join(pieces) + decoder.decode(b"", whole))
     data = text.encode("utf-8", "backslashreplace")
     if whole and len(data) <= limit:
         return text
@@ -123,10 +126,9 @@ def fits(regex: re.Pattern[str], name: str) -> bool:
 
 @functools.lru_cache(maxsize=64)        # a reload has no time for it again
 def find_slow_name(regex: re.Pattern[str]) -> str | None:
-    """Find a name that takes more than MAX_MATCH seconds to match.
+    """Find a name that takes more than MAX_MATCH seconds of computing.
 
-    A signal interrupts re; it counts the time of computing, so that none is
-    slow because the machine is busy.
+    They are counted by a timer, whose signal interrupts re.
     """
     def stop(*args):
         raise TimeoutError
@@ -923,21 +925,21 @@ ABSENT = {getattr(errno, name, errno.ENOENT) for name in (
     "ENOTDIR", "ENXIO", "EOPNOTSUPP")}
 
 
-@contextlib.contextmanager
-def open_folder(path):
-    """Give the descriptor of a directory, closed at the end."""
-    fd = os.open(path, FOLDER_FLAGS)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+class Folder:
+    """The descriptor of a directory, closed at the end."""
+
+    def __init__(self, path):
+        self.fd = os.open(path, FOLDER_FLAGS)
+
+    def __enter__(self):
+        return self.fd
+
+    def __exit__(self, *error):
+        os.close(self.fd)
 
 
 def read_file(folder, name, owner=None, limit=MAX_FILE):
-    """Give the text of a regular file in a folder, None if there is none.
-
-    With an owner, a uid, it must be that user's.
-    """
+    """Give the text of a regular file, of an owner if given; else None."""
     try:
         fd = os.open(name.encode(), FILE_FLAGS, dir_fd=folder)
     except OSError as error:
@@ -960,11 +962,7 @@ FILE_NAME = re.compile(rf"(?!(?i:.*\.txt)$){PLAIN_NAME.pattern}")
 
 
 class FilesBackend:
-    """Answers with a text file of a directory, read at each query.
-
-    A client names a file, without the .txt that may be behind its name.  What
-    does not match FILE_NAME, as a path or a hidden file, names nothing.
-    """
+    """Answers with a text file of a directory, read at each query."""
 
     waits = True
     settings = (
@@ -990,7 +988,7 @@ class FilesBackend:
             return None
         files = [name + end for name in dict.fromkeys((user, user.lower()))
                  for end in ("", ".txt")]
-        with open_folder(self.directory) as folder:
+        with Folder(self.directory) as folder:
             for file in files:
                 if file.lower() == self.index.lower():
                     continue
@@ -1003,7 +1001,7 @@ class FilesBackend:
         """Give the text of the index, or of a list; None: no such setting."""
         if not self.index and not self.listed:
             return None
-        with open_folder(self.directory) as folder:
+        with Folder(self.directory) as folder:
             if self.listed:
                 return self._list(folder, time.monotonic() + timeout)
             text = read_file(folder, self.index)
@@ -1438,7 +1436,7 @@ class AccountsBackend:
         if not entry:
             return None
         try:
-            with open_folder(entry.pw_dir) as home:
+            with Folder(entry.pw_dir) as home:
                 with contextlib.suppress(FileNotFoundError):
                     os.stat(self.options["hide_file"], dir_fd=home,
                             follow_symlinks=False)
