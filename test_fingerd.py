@@ -7375,8 +7375,9 @@ class AccountsBackendTest(BackendCase):
 
     def open_homes(self):
         """Let an ordinary user remove what the test has closed."""
-        for home, _, _ in os.walk(self.folder):
-            os.chmod(home, 0o700)
+        for parent, names, _ in os.walk(self.folder):
+            for name in names:
+                os.chmod(os.path.join(parent, name), 0o700)
 
     def plan(self, backend, user="alice"):
         """Give what is shown as the plan of a user, all else left out."""
