@@ -1,32 +1,32 @@
 #!/usr/bin/env python3
 """fingerd - a finger server (RFC 1288) in one file, with nothing to install.
 
-Run it so, and ask it with any finger client:
+Start it, and ask it with any finger client:
 
     python3 fingerd.py --config fingerd.conf
 
 A client sends one line, `alice CRLF`, gets text back, and the server closes.
-The text comes from a backend: the users in the config, here, or another of
-fingerd_backends.py, which is needed only when the config names it.
+The text comes from a backend.  Two are here: the users in the config, and
+another finger server.  fingerd_backends.py is needed only for the others.
 
 Sections, from the protocol outward to the operating system:
 
     Query         bytes from the client -> Query
     Reply         text -> bytes for the client, and the fixed replies
     Backends      where texts come from
-    Settings      their table, and what their texts mean
+    Settings      the table of settings, and converters for their texts
     Config file   read and checked as a whole before anything starts
     Log           one line for each connection
     Stats         counters for Prometheus
     Answers       policy: who is answered, and what
     Forwarding    asking another finger server, also as a backend
-    PROXY header  whose connection a load balancer hands on
+    PROXY header  the client's address, as a load balancer gives it
     Clients       the life of a client, and what it waits for
-    Waiting       what the loop knows of its clients
-    Server        accepting, waiting, deadlines: the loop
+    Waiting       counts, rates, deadlines, and the queue for threads
+    Server        the loop: accepting, waiting, threads
     Sockets       what it listens on
     Pidfile       the file, its lock, and the daemon that holds it
-    Privileges    users and groups, and what root may open
+    Privileges    users and groups, and files that root may open
     Process       signals, reload, the order of the start
     Actions       what the options ask for
     Command line  options and exit statuses
@@ -76,7 +76,7 @@ from typing import (
 __version__ = "1.0"
 
 MAX_USERS = 8           # names in one line; each may cost a whole lookup
-MAX_HOSTS = 4           # in a chain that is forwarded: it may be a circle
+MAX_HOSTS = 4           # in a forwarded chain, which may be a circle
 FINGER_PORT = 79        # RFC 1288 2.1; also where a forwarded query goes
 MAX_PORT = 65535
 READ_SIZE = 4096        # bytes asked for at once
@@ -86,56 +86,56 @@ CONFIG_FILES = ("fingerd.conf", "/etc/fingerd.conf")
 
 
 def reason(error: OSError) -> str:
-    """Say what went wrong; the system's words in lower case, no number."""
+    """Give the system's words for an error, in lower case, without errno."""
     text = (error.strerror or "").lower() or str(error) or "no reason given"
     return f"{text}: {error.filename}" if error.filename else text
 
 
 def format_traceback() -> str:
-    """Spell the exception at hand with the way to it, for the log."""
+    """Format the current traceback."""
     try:
-        import traceback  # slow to load, and hardly ever needed
-    except (ImportError, OSError):      # no descriptor left to read it
+        import traceback  # slow to load, and rarely needed
+    except (ImportError, OSError):      # no descriptor is left to load it
         return repr(sys.exc_info()[1])
     return traceback.format_exc()
 
 
 # ---- Query ----------------------------------------------------------------
 
-RAW_SHARE = 4           # bytes that may come for each byte of max_query
+RAW_SHARE = 4           # bytes, with telnet's, for each byte of max_query
 CONTROL = re.compile(rb"[\0-\x08\x0a-\x1f\x7f]|\xc2[\x80-\x9f]")  # not TAB
 PROXY_LINE = re.compile(rb"PROXY (TCP[46]|UNKNOWN)\b")     # see PROXY header
 
-# Telnet (RFC 854): some of its bytes, and what the byte before has begun.
+# Telnet (RFC 854): some of its bytes, and the states of its stream.
 IAC, SB, SE, WILL, DONT = 255, 250, 240, 251, 254
 TEXT, COMMAND, OPTION, SUBNEGOTIATION, SUB_COMMAND = range(5)
 
 
 class MalformedQuery(ValueError):
-    """The line is not a query that RFC 1288 or its clients know."""
+    """The line is not a finger query."""
 
 
 class LineTooLong(ValueError):
-    """More has come than a query line may have."""
+    """The line is longer than max_query."""
 
 
 class Query(NamedTuple):
-    """One line, understood: {Q1} of RFC 1288, or {Q2} when there are hosts."""
+    """A parsed line: {Q1} of RFC 1288, or {Q2} if it names hosts."""
 
-    users: tuple[str, ...]      # {U}; none asks for the user list
+    users: tuple[str, ...]      # {U}; if empty, the user list is asked for
     verbose: bool               # {W}
     hosts: tuple[str, ...]      # {H}, the next hop last
 
 
 def is_plain(text: bytes | bytearray) -> bool:
-    """Is this one name of ASCII letters and digits, with - . _ among them?"""
+    """Is this one name of ASCII letters, digits, and perhaps - . _?"""
     return text.translate(None, b"-._").isalnum()
 
 
 def plain_line(data: bytes, limit: int) -> bytes:
-    """Give the text of a segment that is a whole plain line, else b"".
+    """Give the name in a segment that is one whole plain line, else b"".
 
-    Most queries come so, and need no more than this look at them.
+    Most queries are such, and need no QueryLine.
     """
     text = data.rstrip(b"\r\n")
     if data.endswith(b"\n") and len(data) <= limit and is_plain(text):
@@ -144,10 +144,10 @@ def plain_line(data: bytes, limit: int) -> bytes:
 
 
 class QueryLine:
-    """A line as it comes in, without telnet commands and line end.
+    """Builds a line from segments; removes telnet commands and line end.
 
-    The text is the same however the bytes are cut into segments, and each
-    byte is looked at once.
+    It does not matter where the segments begin and end.  Each byte is looked
+    at once.
     """
 
     __slots__ = ("text", "limit", "room", "telnet")
@@ -156,12 +156,12 @@ class QueryLine:
         self.text = bytearray()
         self.limit = limit              # bytes of text
         self.room = RAW_SHARE * limit   # bytes that may still come
-        self.telnet = TEXT
+        self.telnet = TEXT              # state of the stream
 
     def add(self, data: bytes) -> bool:
-        """Add a segment, b"" for the end of file; is the line complete?
+        """Add a segment, b"" at the end of file; is the line complete?
 
-        Raises LineTooLong, and then the text is what fits.
+        Raises LineTooLong; the text is then cut to the limit.
         """
         start, text = len(self.text), self.text
         text += self.strip_telnet(data[:self.room])
@@ -171,7 +171,7 @@ class QueryLine:
         if complete:
             del text[end if end >= 0 else len(text):]
             del text[len(text.rstrip(b"\r")):]
-        # A CR beyond the limit may still be of the line end.
+        # A CR beyond the limit may be a part of the line end.
         if (text[max(start, self.limit):].strip(b"\r")
                 or not complete and self.room <= 0):
             del text[self.limit:]
@@ -179,7 +179,7 @@ class QueryLine:
         return complete
 
     def strip_telnet(self, data: bytes) -> bytes | bytearray:
-        """Drop telnet commands, also one that is cut in two."""
+        """Remove telnet commands, even one that spans two segments."""
         if not self.telnet and b"\xff" not in data:
             return data
         text = bytearray()
@@ -187,7 +187,7 @@ class QueryLine:
             before, self.telnet = self.telnet, follow_telnet(self.telnet, byte)
             if self.telnet == TEXT and (
                     before == TEXT or before == COMMAND and byte == IAC):
-                text.append(byte)       # IAC IAC is a byte 255
+                text.append(byte)       # IAC IAC means a byte 255
         return text
 
 
@@ -207,7 +207,7 @@ def follow_telnet(state: int, byte: int) -> int:
 
 
 def find_line_end(text: bytearray, start: int) -> int:
-    """Find the first LF, or CR NUL as telnet sends it, from start; or -1."""
+    """Find the first LF, or telnet's CR NUL, from start; -1 if none."""
     newline = text.find(b"\n", start)
     nul = text.find(b"\r\0", max(0, start - 1))
     return min(newline, nul) if newline >= 0 <= nul else max(newline, nul)
@@ -215,10 +215,10 @@ def find_line_end(text: bytearray, start: int) -> int:
 
 def parse_query(line: bytes | bytearray,
                 own_names: Callable[[], Container[str]] = frozenset) -> Query:
-    """Make a Query of a line without its end (RFC 1288 2.3).
+    """Parse a line without its end (RFC 1288 2.3).
 
-    own_names() gives this host's, in lower case: as the last host of a chain
-    they are dropped, since Emacs sends all of user@host to that host.
+    own_names() gives the names of this host, in lower case.  At the end of
+    user@host they are dropped: Emacs sends all of it to that host.
     Raises MalformedQuery, and nothing else.
     """
     if is_plain(line):
@@ -242,7 +242,7 @@ def parse_query(line: bytes | bytearray,
 
 def parse_hosts(names: list[str], verbose: bool,
                 own_names: Container[str]) -> Query:
-    """Make a Query of names that have an @host among them."""
+    """Parse names at least one of which has an @host."""
     users = []
     for name in names:
         user, *hosts = name.split("@")
@@ -252,7 +252,7 @@ def parse_hosts(names: list[str], verbose: bool,
                 hosts[-1].lower().rstrip(".") in own_names):
             hosts.pop()
         if hosts and len(names) > 1:
-            hosts = [""]        # {Q2} has one name: refused, as @ alone is
+            hosts = [""]        # {Q2} has one name: refuse it like a lone @
         if hosts:
             return Query((user,) if user else (), verbose, tuple(hosts))
         if user:
@@ -262,19 +262,19 @@ def parse_hosts(names: list[str], verbose: bool,
 
 # ---- Reply ----------------------------------------------------------------
 
-# What a terminal or a line would take for an order: C0 but TAB and LF, DEL,
-# C1, line separators, bidirectional overrides, and halves of characters.
+# What could control a terminal or break a line: C0 except TAB and LF, DEL,
+# C1, line separators, bidirectional overrides; and surrogates.
 UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"
                     "\ud800-\udfff]")
 TRUNCATED = b"[truncated]\r\n"
 
 
 class Reply(NamedTuple):
-    """What the client gets and what the log says of it."""
+    """What the client gets, and what its log line says about it."""
 
     outcome: str                # one of OUTCOMES
     data: bytes                 # for the wire: UTF-8, CRLF, nothing unsafe
-    backend: str = "-"          # the name of the one that answered
+    backend: str = "-"          # the name of the backend that answered
 
 
 # RFC 1288 3.2.1 and 3.2.2 suggest the two texts that end in "denied".
@@ -292,11 +292,11 @@ FIXED_REPLIES = {outcome: Reply(outcome, text + b"\r\n") for outcome, text in {
 }.items()}
 OUTCOMES = (*FIXED_REPLIES, "answered", "list", "forwarded", "gone")
 GONE = Reply("gone", b"")           # the client left, or did not read
-SILENCE = Reply("silent", b"")      # the client has sent an end of file only
+SILENCE = Reply("silent", b"")      # the client sent only an end of file
 
 
 class Refused(Exception):
-    """A client gets this reply instead of an answer."""
+    """The client is not answered: it gets this reply."""
 
     def __init__(self, reply: Reply) -> None:
         super().__init__(reply.outcome)
@@ -304,7 +304,7 @@ class Refused(Exception):
 
 
 def show_unsafe(match: re.Match[str]) -> str:
-    """Spell one unsafe character in printable ASCII: ^[, \\x9b, \\u202e."""
+    """Show one unsafe character in printable ASCII: ^[, \\x9b, \\u202e."""
     code = ord(match[0])
     if code < 0x20 or code == 0x7f:
         return "^" + chr(code ^ 0x40)
@@ -314,7 +314,7 @@ def show_unsafe(match: re.Match[str]) -> str:
 
 
 def to_wire(text: str) -> bytes:
-    """Make the bytes for a client of any text (RFC 1288 2.2)."""
+    """Convert any text to the bytes for a client (RFC 1288 2.2)."""
     text = UNSAFE.sub(show_unsafe, text.replace("\r\n", "\n"))
     if not text.endswith("\n"):
         text += "\n"
@@ -322,7 +322,7 @@ def to_wire(text: str) -> bytes:
 
 
 def join_replies(replies: list[Reply]) -> Reply:
-    """Make one reply of those for several names."""
+    """Join the replies for several names."""
     outcomes = {reply.outcome for reply in replies}
     worst = [outcome for outcome in ("failed", "answered", "unknown")
              if outcome in outcomes]
@@ -333,7 +333,7 @@ def join_replies(replies: list[Reply]) -> Reply:
 
 
 def truncate(data: bytes, limit: int) -> bytes:
-    """Cut wire bytes to limit, at a line if one fits, and say so."""
+    """Cut wire bytes to limit, at a line end if there is one, and say so."""
     if len(data) <= limit:
         return data
     room = limit - len(TRUNCATED)
@@ -355,26 +355,23 @@ class UsersBackend:
     This is also the interface of a backend.  One instance answers many
     threads at once; it knows nothing of sockets, config files or the log.
 
-    waits         may lookup() block?  If not, it is asked without a thread.
-    settings      rows (name, kind of KINDS, default, help), or None where
-                  any name may stand in the section.
-    options       what is written there, converted; bad values are a
+    waits         may lookup() block?  If not, it is called in the loop.
+    settings      rows (name, kind of KINDS, default, help) of its section,
+                  or None if any name may be there, each with a text.
+    options       the values in the section.  If some are bad, it raises a
                   ValueError with a line for each of them,
                   "setting: what is wrong; what to write".
     report(text, level="warning")  writes a line to the log, from any thread.
-    warnings      lines "setting: text" for the operator; may be missing.
+    warnings      optional: lines "setting: text" for the operator.
 
     lookup(user, verbose, client, timeout) gives the text for a user (or
-    bytes that to_wire has made), None for one it does not know.  It takes
-    at most timeout seconds, and raises OSError when its source fails.
-    user_list(verbose, client, timeout) gives the text of {C}, None if it
-    has none.  client is a numeric address.
-
-    enter_chroot(path), if there is one, gets ready to work where path is /,
-    or says with a ValueError, as above, why that cannot be.
-
-    limit_threads(number), if there is one, gets how many lookups may run at
-    once.
+    bytes that to_wire has made), None if it does not know the user.  It
+    takes at most timeout seconds, and raises OSError when its source fails.
+    user_list(verbose, client, timeout), optional, gives the text of {C},
+    None if it has none.  client is a numeric address.
+    enter_chroot(path), optional, prepares for path to become /, or raises a
+    ValueError, as above, if it cannot work there.
+    limit_threads(number), optional, sets how many lookups may run at once.
     """
 
     waits = False
@@ -406,7 +403,7 @@ BACKEND_NAME = re.compile(r"[a-z]+(:[A-Za-z0-9_.-]+)?")
 
 
 def load_backends() -> tuple[dict[str, Any], str]:
-    """Give all backends by name, or those of this file and what is wrong."""
+    """Give the backends by name, and why the other file's are missing."""
     try:
         import fingerd_backends
     except ImportError as error:    # in a chroot all of Python may be absent
@@ -425,7 +422,7 @@ def load_backends() -> tuple[dict[str, Any], str]:
 def find_backend(name: str, sections: tuple[str, ...] = ()) -> Any:
     """Give the class for a name such as `web` or `web:staff`, or ValueError.
 
-    For the name of a section, give the sections that it may mean as well.
+    sections, with the name of a section: others that may have been meant.
     """
     kind = name.partition(":")[0]
     classes, failure = (BACKENDS, "") if kind in BACKENDS else load_backends()
@@ -442,7 +439,7 @@ def find_backend(name: str, sections: tuple[str, ...] = ()) -> Any:
 
 
 def suggest(word: str, choices: list[str]) -> str:
-    """Give the end of an error about a word that is not one of the choices."""
+    """Give the end of an error on an unknown word: what may be meant."""
     import difflib  # 10 ms: only errors need it
     for close in difflib.get_close_matches(word, choices, 1):
         return f"; did you mean {close}?"
@@ -462,13 +459,13 @@ MAX_COUNT = 1_000_000_000       # of anything counted, bytes included
 MIN_SIZE = 16                   # bytes: room for [truncated]
 MIN_REPLY = 64                  # bytes: room for each of FIXED_REPLIES
 YES, NO = ("yes", "true", "on", "1"), ("no", "false", "off", "0")
-NUMBERS = {                     # how they are written
+NUMBERS = {                     # patterns of how they are written
     "a whole number": "[0-9]{1,12}",
     "a number of seconds": r"[0-9]{1,12}(\.[0-9]{1,12})?",
     "a size in bytes": "[0-9]{1,12}[KkMm]?",
 }
 UNITS = {"K": 1024, "M": 1024 ** 2}
-PATH = r"[^\0-\x1f\x7f-\x9f]"   # a character of one: any but a control
+PATH = r"[^\0-\x1f\x7f-\x9f]"   # a character of a path: not a control one
 
 
 class Setting(NamedTuple):
@@ -483,18 +480,18 @@ class Setting(NamedTuple):
 
 
 class User(NamedTuple):
-    """A user to become; gid is None where passwd(5) does not know it."""
+    """A user to become; gid is None if the uid is not in passwd(5)."""
 
     name: str
     uid: int
     gid: int | None
 
 
-# Converters take a text, and raise ValueError("is not ...") for a bad one,
-# with "; " and what to write where a setting's default is not an example.
+# Converters take a text.  For a bad one they raise ValueError("is not ..."),
+# with "; " and what to write if the setting's default is not an example.
 
 def number_from(low: float, high: float, what: str) -> Callable[[str], Any]:
-    """Make a converter of numbers; what is a key of NUMBERS."""
+    """Make a converter to numbers; what is a key of NUMBERS."""
     def convert(text: str) -> float:
         if not re.fullmatch(NUMBERS[what], text):
             raise ValueError(f"is not {what}")
@@ -506,7 +503,7 @@ def number_from(low: float, high: float, what: str) -> Callable[[str], Any]:
 
 
 def text_matching(pattern: str, what: str) -> Callable[[str], str]:
-    """Make a converter of texts that match a pattern as a whole."""
+    """Make a converter that takes texts that match all of a pattern."""
     def convert(text: str) -> str:
         if not re.fullmatch(pattern, text):
             raise ValueError(f"is not {what}")
@@ -515,7 +512,7 @@ def text_matching(pattern: str, what: str) -> Callable[[str], str]:
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
-    """Make a converter of these words, in any case."""
+    """Make a converter that takes these words, in any case."""
     def convert(text: str) -> str:
         if text.lower() not in choices:
             raise ValueError(f"is not one of {', '.join(choices)}")
@@ -525,7 +522,7 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
 def list_of(convert: Callable[[str], Any],
             at_least: int = 0) -> Callable[[str], tuple[Any, ...]]:
-    """Make a converter of words."""
+    """Make a converter of a list of words, each by the one given."""
     def convert_words(text: str) -> tuple[Any, ...]:
         words = text.split()
         if len(words) < at_least:
@@ -572,10 +569,10 @@ def to_server(text: str) -> tuple[str, int] | None:
 def to_network(text: str) -> Any:
     """Convert a network in CIDR notation, or an address.
 
-    A network of IPv4-mapped addresses means the IPv4 one, as such clients
-    are taken for IPv4 clients.  A wider one, such as ::/0, means IPv6 only.
+    A network of IPv4-mapped addresses becomes the IPv4 one, as the addresses
+    of clients do.  A wider one, such as ::/0, means IPv6 only.
     """
-    import ipaddress  # 2 ms, 1 MiB: only for those who name networks
+    import ipaddress  # 2 ms, 1 MiB: only for configs that name networks
     try:
         network = ipaddress.ip_network(text)
     except ValueError as error:
@@ -594,7 +591,7 @@ def to_user(text: str) -> User | None:
     try:
         entry = pwd.getpwnam(text) if uid is None else pwd.getpwuid(uid)
         return User(entry.pw_name, entry.pw_uid, entry.pw_gid)
-    except (KeyError, ValueError):      # ValueError: there is a NUL in it
+    except (KeyError, ValueError):      # ValueError: it has a NUL
         if uid is not None:
             return User(text, uid, None)
     raise ValueError("is not a user of this system; create it (adduser"
@@ -616,7 +613,7 @@ def to_syslog(text: str) -> str | tuple[str, int]:
     return text if re.fullmatch(f"/{PATH}*", text) else to_address(text)
 
 
-# The next number would be -1, which setuid(2) takes for "leave it".
+# The next number would be -1: "do not change" for chown(2) and setresuid(2).
 to_id = number_from(0, 0xfffffffe, "a whole number")
 KINDS: dict[str, Callable[[str], Any]] = {
     "yes/no": to_bool,
@@ -626,7 +623,7 @@ KINDS: dict[str, Callable[[str], Any]] = {
     "limit": number_from(0, MAX_COUNT, "a whole number"),
     "size": number_from(MIN_SIZE, MAX_COUNT, "a size in bytes"),
     "reply size": number_from(MIN_REPLY, MAX_COUNT, "a size in bytes"),
-    "text": str,                # the only one that may have several lines
+    "text": str,                # the only kind that may have several lines
     "hosts": list_of(to_host),
     "networks": list_of(to_network),
     "addresses": list_of(to_address, 1),

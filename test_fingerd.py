@@ -1322,9 +1322,9 @@ class LogTest(ServerCase):
                           traceback="y\n" * 9999, other="z" * 3000)
                 query, bug = os.read(reader, 65536).decode(
                     "ascii").splitlines()
-                for line in (query, bug):
-                    self.assertLess(len(line), select.PIPE_BUF)
-                    self.assertGreater(len(line), select.PIPE_BUF // 2)
+                for text in (query, bug):
+                    self.assertLess(len(text), select.PIPE_BUF)
+                    self.assertGreater(len(text), select.PIPE_BUF // 2)
                 if form == "json":
                     self.assertEqual(json.loads(query)["ms"], 3)
                     self.assertEqual(json.loads(bug)["client"], "x" * 9)
@@ -1433,8 +1433,8 @@ class LogTest(ServerCase):
                     lines = pathlib.Path(self.path).read_text().splitlines()
                     os.truncate(self.path, 0)
                     self.assertEqual(len(lines), 4)
-                    for line in lines:
-                        self.assertRegex(line, pattern)
+                    for text in lines:
+                        self.assertRegex(text, pattern)
 
     @needs_more_addresses
     def test_limits_and_networks_see_what_the_log_does_not_keep(self):
