@@ -703,23 +703,23 @@ SETTINGS = tuple(Setting(section, name, kind, default, text, tuple(flags))
 # ---- Config file ----------------------------------------------------------
 
 # Not configparser: it stops at the first error, does not know the line of a
-# value, and joins a setting that is indented to the value above it.
-BLOCK = re.compile(r"(?m)^(?=[^\s#])")      # starts at a line in the margin
+# value, and joins an indented setting to the value above it.
+BLOCK = re.compile(r"(?m)^(?=[^\s#])")      # starts with an unindented line
 INDENTED = re.compile(r"(?m)^[^\S\n]+\S")
-UNASKED = re.compile("[\0- \x7f-\x9f@]|^/[Ww]$")    # what no query asks for
+UNASKED = re.compile("[\0- \x7f-\x9f@]|^/[Ww]$")    # no query can ask for it
 
 
 class ConfigError(Exception):
-    """What is wrong with the config or the command line; an arg is a line."""
+    """Errors of the config or the command line, a line in each argument."""
 
-    config: Any = None          # with defaults where there are errors
+    config: Any = None          # with defaults instead of bad values
 
     def __str__(self) -> str:
         return "\n".join(line.replace("\n", "\\n") for line in self.args)
 
 
 class Entry(NamedTuple):
-    """A setting as it is written."""
+    """A setting as written in the file or on the command line."""
 
     line: int                   # 0: the command line
     name: str
@@ -732,19 +732,19 @@ class Section(NamedTuple):
 
     line: int
     entries: dict[str, Entry]
-    label: str = ""             # in front of notes, if the file has none
+    label: str = ""             # in front of notes, if it is not in the file
 
 
 class Notes(list):
-    """Errors or warnings with their lines; line 0 is the command line."""
+    """Errors or warnings with line numbers; 0 is the command line."""
 
     def add(self, line: int, text: str) -> None:
         self.append((line, text))
 
     def place(self, section: Section, texts: Iterable[str]) -> None:
-        """Add what a backend says, `setting: text`, on the setting's line.
+        """Add a backend's notes, `setting: text`, each at the setting's line.
 
-        A setting with a note is passed over: the backend saw the default.
+        A setting that has a note is skipped: the backend saw its default.
         """
         noted = {(line, text.partition(":")[0]) for line, text in self}
         for text in texts:
@@ -763,12 +763,12 @@ def read_config(path: str, report: Callable[..., None],
                 old: Any = None) -> Any:
     """Read a config; raise ConfigError with all its errors.
 
-    report(backend, text, level) is for what backends have to say, overrides
-    are texts of the command line by setting, old is the config that a reload
-    replaces.  The result has a namespace of settings for each section, and:
-    path; raw_values, texts by section and name; lines, where a setting is,
-    by name; aliases, the names behind each; backends, pairs of name and
-    object; warnings, lines of text.
+    report(backend, text, level) logs for a backend; overrides has texts from
+    the command line by setting; old is the config that a reload replaces.
+    The result has a namespace of values for each section of CORE, and: path;
+    raw_values, texts by section and name; lines, line numbers by setting;
+    aliases, the names that each means; backends, pairs of name and object;
+    warnings, lines of text.
     """
     errors, warnings = Notes(), Notes()
     sections = parse_config(read_text(path), errors)
@@ -807,9 +807,9 @@ def read_text(path: str) -> str:
 # From lines to texts.
 
 def parse_config(text: str, errors: Notes) -> dict[str, Section]:
-    """Sort settings into sections; two of the same name are read as one."""
+    """Sort settings into sections; those of the same name are read as one."""
     sections: dict[str, Section] = {}
-    section = Section(0, {})            # until there is a header
+    section = Section(0, {})            # until the first header
     start, *blocks = BLOCK.split(text)
     check_single(0, start, errors)
     number = start.count("\n") + 1
@@ -841,7 +841,7 @@ def parse_config(text: str, errors: Notes) -> dict[str, Section]:
 
 
 def check_single(line: int, below: str, errors: Notes) -> None:
-    """Note the first indented line below one that takes none."""
+    """Note the first indented line below a line that may not have any."""
     match = INDENTED.search(below)
     if match:
         errors.add(line + 1 + below.count("\n", 0, match.start()),
@@ -850,7 +850,7 @@ def check_single(line: int, below: str, errors: Notes) -> None:
 
 
 def full_text(entry: Entry) -> str:
-    """Give all lines of a text, those below without their indentation."""
+    """Give all lines of a text; those below the first are dedented."""
     if not entry.below:
         return entry.text
     lines = [line.rstrip() for line in entry.below.split("\n")
@@ -862,13 +862,13 @@ def full_text(entry: Entry) -> str:
 # From texts to values.
 
 def convert_core(sections, overrides, old, errors):
-    """Make a config of the sections in CORE."""
+    """Convert the sections of CORE to a config."""
     config = types.SimpleNamespace(raw_values={}, lines={})
     for section in CORE:
         rows = [row for row in SETTINGS if row.section == section]
         if old and section == "daemon":
-            # It is kept.  To look up a user may take a network, and finds
-            # nobody in a chroot.
+            # The old one is kept.  Its user is not looked up again: that may
+            # wait for a network, and fails in a chroot.
             rows = [row._replace(kind="text") for row in rows]
         entries = sections.pop(section, Section(0, {})).entries
         values = convert_section(rows, entries, errors)
@@ -888,7 +888,7 @@ def convert_core(sections, overrides, old, errors):
 
 
 def convert_section(rows, entries, errors):
-    """Give the value of each row; note entries that no row is for."""
+    """Give the values by name; note entries that are not in rows."""
     values = {row.name: KINDS[row.kind](row.default) for row in rows}
     known = {row.name: row for row in rows}
     for name, entry in entries.items():
@@ -901,7 +901,7 @@ def convert_section(rows, entries, errors):
 
 
 def convert_entry(row: Setting, entry: Entry, errors: Notes) -> Any:
-    """Give the value of an entry, the default if it is bad; note why."""
+    """Give the value of an entry; note a bad one and give the default."""
     if row.kind == "text":
         return full_text(entry)
     check_single(entry.line, entry.below, errors)
@@ -921,8 +921,8 @@ def convert_entry(row: Setting, entry: Entry, errors: Notes) -> Any:
 def convert_options(settings, section, errors):
     """Give the values of a section outside CORE.
 
-    settings are the rows of its backend; with None any name may stand there,
-    to be asked for, and has a text.
+    settings are the rows of its backend.  If None, any name that a query can
+    ask for may be there, each with a text.
     """
     entries = section.entries
     if settings is not None:
@@ -938,7 +938,7 @@ def convert_options(settings, section, errors):
 # From values to backends.
 
 def make_aliases(section: Section, errors: Notes) -> dict[str, list[str]]:
-    """Give the names behind each alias, in lower case."""
+    """Give the names that each alias means, by alias in lower case."""
     options = convert_options(None, section, errors)
     texts = {name.lower(): text for name, text in options.items()}
     aliases = {}
@@ -951,7 +951,7 @@ def make_aliases(section: Section, errors: Notes) -> dict[str, list[str]]:
 
 
 def follow_alias(word: str, texts: dict[str, str], *path: str) -> list[str]:
-    """Give the names behind a word, which is behind those of path."""
+    """Give the names that a word means; path is the aliases before it."""
     name = word.lower()
     if name not in texts:
         return [word]
@@ -959,8 +959,8 @@ def follow_alias(word: str, texts: dict[str, str], *path: str) -> list[str]:
         raise ValueError("is a circle, or too long a chain"
                          f" ({' = '.join((*path, name))}); cut it")
     names = []
-    for behind in texts[name].split():
-        names += follow_alias(behind, texts, *path, name)
+    for meant in texts[name].split():
+        names += follow_alias(meant, texts, *path, name)
     if not 1 <= len(names) <= MAX_USERS or "@" in "".join(names):
         raise ValueError(f"does not stand for 1 to {MAX_USERS} names; write"
                          " these, without @")
@@ -968,7 +968,7 @@ def follow_alias(word: str, texts: dict[str, str], *path: str) -> list[str]:
 
 
 def make_backends(config, sections, report, chroot, errors, warnings):
-    """Make the backends that are named: yield pairs of name and object."""
+    """Make the backends that are used; yield pairs of name and object."""
     line = config.lines.get("backend", 0)
     names = config.server.backend
     if len(set(names)) < len(names):
@@ -993,7 +993,7 @@ def make_backends(config, sections, report, chroot, errors, warnings):
 
 
 def check_unused(sections, errors, warnings):
-    """Check the sections that are left: of backends that are not named."""
+    """Check the sections that remain: those of backends that are not used."""
     for name, section in sections.items():
         try:
             cls = find_backend(name, (*CORE, "aliases"))
@@ -1261,12 +1261,12 @@ class Log:
 # ---- Stats ----------------------------------------------------------------
 
 STATS_PERIOD = 15.0     # seconds from one write to the next
-BUCKETS = (             # seconds, of the histogram
+BUCKETS = (             # upper bounds in the histogram, in seconds
     .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10)
 
 
 class Stats:
-    """What is counted for Prometheus, if the config names a file for it."""
+    """Numbers for Prometheus, kept if the config names a file for them."""
 
     def __init__(self) -> None:
         self.queries: Any = collections.Counter()   # by outcome and backend
@@ -1280,7 +1280,7 @@ class Stats:
         self.seconds += seconds
 
     def text(self, clients: int, threads: int, reloads: dict[str, int]) -> str:
-        """Give all of it as node_exporter's textfile collector reads it."""
+        """Format the numbers for node_exporter's textfile collector."""
         counts = list(itertools.accumulate(self.buckets))
         bounds = [*map(str, BUCKETS), "+Inf"]
         return "".join([
@@ -1300,7 +1300,7 @@ class Stats:
 
 def format_metric(name: str, kind: str, about: str,
                   values: dict[str, float]) -> str:
-    """Format the values of a metric, by what follows its name."""
+    """Format a metric; values are by what follows its name."""
     head = (f"# HELP fingerd_{name} {about}\n"
             f"# TYPE fingerd_{name} {kind}\n")
     return head + "".join(f"fingerd_{name}{rest} {value}\n"
@@ -1308,10 +1308,10 @@ def format_metric(name: str, kind: str, about: str,
 
 
 def replace_file(path: str, text: str) -> None:
-    """Write a file that all may read, and that is never there in part."""
+    """Replace a file, readable by all, so that nobody sees a part of it."""
     new = f"{path}.new"
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(new)              # it is there after a crash
+        os.unlink(new)              # a crash may have left it
     with open(new, "xb") as file:
         os.fchmod(file.fileno(), 0o644)
         file.write(text.encode())
@@ -1320,15 +1320,15 @@ def replace_file(path: str, text: str) -> None:
 
 # ---- Answers --------------------------------------------------------------
 
-FRAMED = 8              # framed replies kept, for many slow readers of one
+FRAMED = 8              # framed replies cached: slow readers share the bytes
 
 
 class WouldWait(Exception):
-    """A backend that may block is to be asked, and no thread is at hand."""
+    """Only a thread can answer, as a backend that may block must be asked."""
 
 
 class Answers:
-    """What is answered, and to whom: policy and backends of one config."""
+    """Policy and backends of one config: what is answered, and to whom."""
 
     def __init__(self, config: Any, log: Log) -> None:
         self.config = config
@@ -1342,10 +1342,10 @@ class Answers:
         self.footer = to_wire(server.footer) if server.footer else b""
         self.names = frozenset({"localhost", *(
             server.hostname or (socket.gethostname().lower(),))})
-        self.own_ports: set[int] = set()    # that we listen on
+        self.own_ports: set[int] = set()    # we listen on them
         self.guarded = bool(server.allow or server.deny or server.proxy_from)
         self.framing = bool(self.header or self.footer)
-        # Of functions, not methods: a cycle would keep old configs alive.
+        # Caches of functions, not methods: cycles would keep old configs.
         self.allows = functools.lru_cache(maxsize=4096)(functools.partial(
             is_allowed, server.allow, server.deny))
         self.is_balancer = functools.lru_cache(maxsize=256)(functools.partial(
@@ -1355,10 +1355,9 @@ class Answers:
 
     def answer(self, query: Query, client: str,
                deadline: float | None = None) -> Reply:
-        """Answer a query of this client, in time for deadline (monotonic).
+        """Answer a client's query before deadline (monotonic seconds).
 
-        Without a deadline no backend that waits is asked: where one would
-        have to be, WouldWait is raised.
+        Without a deadline, raise WouldWait rather than wait for a backend.
         """
         if query.hosts:
             return self.forward(query, deadline)
@@ -1391,7 +1390,7 @@ class Answers:
         return FIXED_REPLIES["unknown"]
 
     def list_users(self, query, client, deadline):
-        """Give the welcome text, or the backends' lists, one by one."""
+        """Give the welcome text, or the joined lists of the backends."""
         server = self.config.server
         if server.welcome:
             return Reply("list", self.framed("list", to_wire(server.welcome)))
@@ -1414,7 +1413,7 @@ class Answers:
     def ask(self, name, backend, deadline, client, verbose, user=""):
         """Give a backend's reply for a user, or its list; None if it has none.
 
-        Logs why it failed.  Raises WouldWait if it would need a deadline.
+        Logs a failure.  Raises WouldWait if it needs a deadline, and has none.
         """
         if backend.waits and deadline is None:
             raise WouldWait
@@ -1438,7 +1437,7 @@ class Answers:
         return FIXED_REPLIES["failed"]._replace(backend=name)
 
     def forward(self, query, deadline):
-        """Hand the query to its last host, if the config allows that one."""
+        """Send the query on to its last host, if the config allows that."""
         *others, host = query.hosts
         host = host.lower().rstrip(".").strip("[]")
         port = self.config.server.forward.get(host)
@@ -1461,7 +1460,7 @@ class Answers:
                      truncate(to_wire(answer), self.limits.max_reply))
 
     def resolve_hops(self) -> None:
-        """Look the next hops up now: in a chroot names mean nothing."""
+        """Look the hosts in `forward` up now: in a chroot that would fail."""
         for host, port in self.config.server.forward.items():
             try:
                 CHROOT_HOSTS[host, port] = find_host(host, port)
@@ -1479,20 +1478,20 @@ def is_in(networks, host):
     """Is an address in one of these networks?"""
     if not networks:
         return False
-    import ipaddress  # the converter of networks has loaded it
+    import ipaddress  # to_network() has loaded it
     address = ipaddress.ip_address(host)
     return any(address in network for network in networks)
 
 
 def frame(header, footer, limit, outcome, data):
-    """Put header and footer around an answer, and cut what is too long."""
+    """Put header and footer around an answer, and cut it to limit."""
     return truncate(data if outcome == "unknown" else header + data + footer,
                     limit)
 
 
 # ---- Forwarding -----------------------------------------------------------
 
-CHROOT_HOSTS: dict[tuple[str, int], Any] = {}   # found before we entered it
+CHROOT_HOSTS: dict[tuple[str, int], Any] = {}   # looked up before the chroot
 REFUSALS = {reply.data.decode().strip() for reply in FIXED_REPLIES.values()}
 LIST_DENIED = FIXED_REPLIES["list-denied"].data.decode().strip()
 UNKNOWN = re.compile(           # as fingerd, Debian's finger and the BSDs say
@@ -1500,7 +1499,7 @@ UNKNOWN = re.compile(           # as fingerd, Debian's finger and the BSDs say
 
 
 def plain_address(host: str) -> str:
-    """Give the numeric address without a scope, IPv4 also where mapped."""
+    """Give an address without its scope, and an IPv4-mapped one as IPv4."""
     if ":" not in host:
         return host
     host = host.partition("%")[0]
@@ -1508,7 +1507,7 @@ def plain_address(host: str) -> str:
 
 
 def find_host(host: str, port: int) -> Any:
-    """Give the addresses of a host, as getaddrinfo(3) does, or OSError."""
+    """Give the addresses of a host as getaddrinfo() does; raise OSError."""
     try:
         return CHROOT_HOSTS.get((host, port)) or socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM)
@@ -1518,9 +1517,9 @@ def find_host(host: str, port: int) -> Any:
 
 def fetch_finger(found: Any, line: str, limit: int, deadline: float,
                  own_ports: Container[int] = ()) -> str:
-    """Ask another finger server; give what it says, at most limit bytes.
+    """Ask another finger server; give its answer, or the start of a long one.
 
-    Raises OSError, TimeoutError at the deadline (monotonic seconds).
+    Stops after limit bytes.  Raises OSError, TimeoutError at the deadline.
     """
     answer = b""
     try:
@@ -1540,11 +1539,11 @@ def fetch_finger(found: Any, line: str, limit: int, deadline: float,
 
 
 def connect_before(deadline: float, found: Any) -> socket.socket:
-    """Connect to the first address of a host that can be had in time."""
+    """Connect to the first of the addresses that accepts in time."""
     failure = OSError("there is no address")
     for tried, (family, kind, protocol, _, address) in enumerate(found):
         sock = socket.socket(family, kind, protocol)
-        try:    # a share for each: a dead address must not starve the next
+        try:    # share the time: a dead address must leave some to the next
             sock.settimeout(seconds_left(deadline) / (len(found) - tried))
             sock.connect(address)
             return sock
@@ -1556,7 +1555,7 @@ def connect_before(deadline: float, found: Any) -> socket.socket:
 
 def is_own_end(sock: socket.socket) -> bool:
     """Does this connection lead back to this host?"""
-    import ipaddress  # only who forwards to one of our ports needs it
+    import ipaddress  # only needed if we forward to one of our port numbers
     peer = plain_address(sock.getpeername()[0])
     address = ipaddress.ip_address(peer)
     return (address.is_loopback or address.is_unspecified
@@ -1564,7 +1563,7 @@ def is_own_end(sock: socket.socket) -> bool:
 
 
 def seconds_left(deadline: float) -> float:
-    """Give the seconds to a monotonic deadline; TimeoutError if none."""
+    """Give the seconds to a monotonic deadline; TimeoutError if it is over."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError("no time is left")
@@ -1574,8 +1573,8 @@ def seconds_left(deadline: float) -> float:
 class RemoteBackend:
     """Another finger server, as a backend.
 
-    It is not asked for a client that has its address: two servers that ask
-    each other would do so for ever.
+    It is not asked for a client that has its address: two servers that name
+    each other would ask each other for ever.
     """
 
     waits = True
@@ -1603,7 +1602,7 @@ class RemoteBackend:
 
     def lookup(self, user: str, verbose: bool, client: str,
                timeout: float) -> bytes | None:
-        """Give the remote's answer; None for its words for no such user."""
+        """Give the server's answer; None if it says "no such user"."""
         deadline = time.monotonic() + timeout
         found = find_host(*self.address)
         if client in [plain_address(info[4][0]) for info in found]:
@@ -1619,7 +1618,7 @@ class RemoteBackend:
 
     def user_list(self, verbose: bool, client: str,
                   timeout: float) -> bytes | None:
-        """Give the remote's answer to the empty query; None if it denies."""
+        """Give its answer to the empty query; None if it denies a list."""
         return self.lookup("", verbose, client, timeout)
 
 
@@ -1628,9 +1627,9 @@ BACKENDS["remote"] = RemoteBackend
 
 # ---- PROXY header ---------------------------------------------------------
 
-# What a load balancer says before anything else: whose connection it hands
-# on.  See proxy-protocol.txt of HAProxy: version 1 is a line, 2 is binary.
-# A header may come in any number of segments, and with the query behind it.
+# A load balancer begins a connection with a header, which gives the address
+# of the client.  See proxy-protocol.txt of HAProxy: version 1 is a line, 2 is
+# binary.  It may come in any number of segments, and the query with the last.
 
 PROXY_1 = b"PROXY "
 PROXY_2 = b"\r\n\r\n\0\r\nQUIT\n"
@@ -1638,8 +1637,8 @@ PORT = rb"(0|[1-9][0-9]{0,4})"
 PROXY_WORDS = re.compile(rb"PROXY (?:UNKNOWN(?: .*)?|TCP([46]) (\S+) (\S+) "
                          + PORT + b" " + PORT + b")")
 MAX_PROXY_1 = 107       # bytes, with the CRLF
-MAX_PROXY_2 = 4096      # bytes: one look at the socket, extensions included
-PROXY_LOCAL, PROXY_COMMAND = 0x20, 0x21     # with the version, 2
+MAX_PROXY_2 = 4096      # bytes, with extensions: what one recv() asks for
+PROXY_LOCAL, PROXY_COMMAND = 0x20, 0x21     # the 2 is the version
 PROXY_LAYOUTS = {       # source, destination, and their ports
     1: (socket.AF_INET, "!4s4sHH"), 2: (socket.AF_INET6, "!16s16sHH")}
 
@@ -1648,14 +1647,14 @@ class ProxyHeader(NamedTuple):
     """What a header says."""
 
     size: int                   # bytes
-    client: tuple[str, int] | None = None   # none: the balancer is the client
+    client: tuple[str, int] | None = None   # None: the balancer is the client
     reached: str = ""           # the address that the client has connected to
 
 
 def parse_proxy_header(data: bytes) -> ProxyHeader | None:
-    """Read a header; None if more of it has to come.
+    """Parse a header; None if it is not complete.
 
-    Raises MalformedQuery if this is not the start of one.
+    Raises MalformedQuery if data is not the start of one.
     """
     if PROXY_2.startswith(data[:len(PROXY_2)]):
         return parse_proxy_2(data)
@@ -1715,8 +1714,9 @@ def address_from(family: int, packed: bytes) -> str:
 
 # ---- Clients --------------------------------------------------------------
 
-# How a client is served.  FingerServer has one loop for all clients; a
-# thread runs only while a backend that waits works for one of them.
+# How a client is served.  FingerServer has one loop for all clients.  Only
+# backends that wait are asked in threads: a thread answers one client after
+# another, and between two it waits for work.
 #
 #     listener > accept_clients > process_request > FingerHandler.handle:
 #
@@ -1724,64 +1724,62 @@ def address_from(family: int, packed: bytes) -> str:
 #         yields     READ        ASK     WRITE      LEFT, CLOSE
 #
 # handle() is the whole life of a client, from top to bottom.  It is a
-# generator: where it would have to wait, it yields what for.  The loop keeps
-# the handler and resumes it when that has come; when its time is over, the
-# loop throws a Deadline in.  A line is mostly there before its client is
-# accepted, so handle() runs to LEFT at once.  That is a moment in which most
-# clients close: to look once after it costs less than to watch each of them.
-# A client whose address is at its limit yields LATER first: one turn of the
-# loop then sees which others of that address have closed.
+# generator: instead of waiting, it yields what it waits for.  The loop
+# resumes it when that has come, or throws a Deadline in when its time is
+# over.  Most lines are there when their clients are accepted, so handle()
+# runs to LEFT at once.  LEFT is a moment in which most clients close: to look
+# once after it costs less than to watch each of them.  A client whose address
+# is at its limit yields LATER first: the loop then looks whether others of
+# that address have closed.
 #
-# What the loop has to know is in small classes that touch no client's socket:
-# Counts (connections by address), Rates (queries by address), Waiting
-# (handlers, what they wait for, and until when), Lookups (whose turn it is to
-# get a thread), Door (when to accept, and how many in a row), and Inbox (what
-# signals and threads leave for the loop).
+# What the loop knows is in the classes of the next section.  They touch no
+# client's socket: Counts (connections by address), Rates (queries by
+# address), Waiting (handlers that wait), Lookups (the queue for threads),
+# Door (when to accept), Inbox (what signals and threads leave for the loop).
 
-GRACE = 0.5             # seconds for a backend to come back from a timeout
+GRACE = 0.5             # seconds for a backend to return after its timeout
 LINGER = 0.01           # seconds until we look whether a client has closed
-DISCARD = 1 << 18       # bytes read away behind a query; more is a flood
-SEND = DONT_WAIT | int(getattr(socket, "MSG_MORE", 0))    # FIN in one segment
+DISCARD = 1 << 18       # bytes to discard after a query; more is a flood
+SEND = DONT_WAIT | int(getattr(socket, "MSG_MORE", 0))  # the FIN joins it
 
 
 class Deadline(TimeoutError):
-    """A client's time is over.  (The kernel's ETIMEDOUT is not this one.)"""
+    """A client's time is over.  (ETIMEDOUT raises another TimeoutError.)"""
 
 
 class Wait:
     """What a client waits for."""
 
     def __init__(self, events: int = 0) -> None:
-        self.events = events        # that a selector reports
+        self.events = events        # of its socket, for the selector
 
 
-LATER = Wait()                          # a turn of the loop
+LATER = Wait()                          # the next turn of the loop
 READ = Wait(selectors.EVENT_READ)       # more of the line
-ASK = Wait()                            # the answer of a thread
+ASK = Wait()                            # the reply of a thread
 WRITE = Wait(selectors.EVENT_WRITE)     # room for the reply
-LEFT = Wait()                           # a moment
+LEFT = Wait()                           # the end of LINGER
 CLOSE = Wait(selectors.EVENT_READ)      # its close
-NOTHING = Wait()
+NOTHING = Wait()                        # none of these, or LEFT
 
 
 @functools.lru_cache(maxsize=4096)
 def address_key(host: str) -> str:
-    """Give what counts as one address: an IPv4 address, an IPv6 /64."""
+    """Give what limits count as one address: all of IPv4, a /64 of IPv6."""
     if ":" not in host:
         return host
     return socket.inet_pton(socket.AF_INET6, host)[:8].hex()
 
 
 class FingerHandler(socketserver.StreamRequestHandler):
-    """One client.  receive(), send() and has_left() say whether they are done.
-    """
+    """One client.  receive(), send() and has_left() return True when done."""
 
     server: FingerServer
     line: QueryLine | None = None       # if it comes in parts
     text: bytes | bytearray = b""       # of the line
     query: Query
     reply = GONE
-    reached = ""                # our address, where a PROXY header names it
+    reached = ""                # our address, if a PROXY header names it
     sent = discarded = 0        # bytes
     wait, deadline = NOTHING, 0.0
 
@@ -1834,7 +1832,7 @@ class FingerHandler(socketserver.StreamRequestHandler):
             yield CLOSE
 
     def check_access(self):
-        """May this address ask?  A load balancer says first who asks."""
+        """Refuse a denied address; a load balancer names the client first."""
         answers = self.server.answers
         if answers.is_balancer(self.host):
             self.count_for("")
@@ -1843,7 +1841,7 @@ class FingerHandler(socketserver.StreamRequestHandler):
             raise Refused(FIXED_REPLIES["denied"])
 
     def receive_header(self):
-        """Take a PROXY header; be the client that it names."""
+        """Read a PROXY header; from then on serve the client that it names."""
         header = None
         while not header:
             try:
@@ -1856,7 +1854,7 @@ class FingerHandler(socketserver.StreamRequestHandler):
             start = len(self.text)
             self.text += data
             header = parse_proxy_header(bytes(self.text))
-            # The line behind the header stays in the socket.
+            # The query after the header stays in the socket.
             self.request.recv(header.size - start if header else len(data))
         self.text = b""
         self.reached = header.reached
@@ -1866,13 +1864,13 @@ class FingerHandler(socketserver.StreamRequestHandler):
             self.count_for(address_key(self.host))
 
     def count_for(self, key):
-        """Count this connection for another address, "" for nobody."""
+        """Count this connection for another address; "" is exempt."""
         self.server.hosts.add(self.key, -1)
         self.server.hosts.add(key)
         self.key = key
 
     def is_crowded(self):
-        """Has the address more connections than it may have?"""
+        """Has this address more connections than it may have?"""
         return self.key and (
             self.server.hosts[self.key]
             > self.server.answers.limits.max_clients_per_host)
@@ -1885,7 +1883,7 @@ class FingerHandler(socketserver.StreamRequestHandler):
             raise Refused(FIXED_REPLIES["limited"])
 
     def receive(self):
-        """Take what has come of the line; is it complete?"""
+        """Read what has come of the line; is it complete?"""
         limit = self.server.answers.limits.max_query
         try:
             data = self.request.recv(READ_SIZE, DONT_WAIT)
@@ -1908,7 +1906,7 @@ class FingerHandler(socketserver.StreamRequestHandler):
             raise Refused(FIXED_REPLIES["too-long"]) from None
 
     def own_names(self):
-        """Give the names of this host, and how the client has reached it."""
+        """Give this host's names, and the address the client connected to."""
         address = self.reached or plain_address(self.request.getsockname()[0])
         return self.server.answers.names | {address, f"[{address}]"}
 
@@ -1937,7 +1935,7 @@ class FingerHandler(socketserver.StreamRequestHandler):
         return True
 
     def log_query(self, reply):
-        """Count the connection, and write its line."""
+        """Count the connection, and write its line of the log."""
         server = self.server
         server.outcomes[reply.outcome] += 1
         if server.stats:
@@ -1948,10 +1946,10 @@ class FingerHandler(socketserver.StreamRequestHandler):
                              int((time.monotonic() - self.started) * 1000))
 
     def has_left(self):
-        """Read away what follows the line; has the client closed?
+        """Discard what follows the line; is it time to close?
 
-        A close with bytes unread would be a reset, and could take the reply
-        from the client (RFC 1122 4.2.2.13).
+        To close with bytes unread would send a reset, and the client could
+        lose the reply (RFC 1122 4.2.2.13).
         """
         try:
             while self.discarded <= DISCARD:
@@ -1960,7 +1958,7 @@ class FingerHandler(socketserver.StreamRequestHandler):
                     return True
                 self.discarded += len(data)
         except BlockingIOError:
-            # Refused clients get no time to close: they would fill the room.
+            # Refused clients get no time to close: they would fill the server.
             return self.reply.outcome in ("denied", "limited")
         except OSError:
             pass
@@ -1969,16 +1967,16 @@ class FingerHandler(socketserver.StreamRequestHandler):
 
 # ---- Waiting --------------------------------------------------------------
 
-TRACKED = 65536         # addresses whose rate is known; then the oldest go
-HOST_SHARE = 4          # an address gets a thread in so many
+TRACKED = 65536         # addresses whose rate is known; the oldest go first
+HOST_SHARE = 4          # an address gets one of so many threads
 FULL_LOG_INTERVAL = 10.0    # seconds between two lines "full"
 SO_ATTACH_FILTER = 26   # Linux: socket(7)
-DROP_SYN = (            # BPF on a TCP segment: nothing of those with SYN
+DROP_SYN = (            # BPF for a TCP segment: drop it if it has SYN
     (0x30, 0, 0, 13), (0x45, 0, 1, 2), (6, 0, 0, 0), (6, 0, 0, 0xffff))
 
 
 class Counts(dict):
-    """How many there are by key, without the keys that have none."""
+    """Numbers by key; a key whose number is 0 is removed."""
 
     total = 0
 
@@ -1992,13 +1990,13 @@ class Counts(dict):
 
 
 class Rates:
-    """Token buckets by key: each holds a minute's queries, and fills again."""
+    """Token buckets by key: each holds a minute's queries, and refills."""
 
     def __init__(self):
         self.buckets = collections.OrderedDict()
 
     def exceeded(self, key, rate, now):
-        """Count a query; is it one too many, at so many a minute?"""
+        """Count a query; is it one too many, at rate a minute?"""
         tokens, then = self.buckets.pop(key, (rate, now))
         tokens = min(rate, tokens + (now - then) * rate / 60)
         self.buckets[key] = (tokens if tokens < 1 else tokens - 1, now)
@@ -2008,13 +2006,13 @@ class Rates:
 
 
 class Waiting:
-    """Handlers by what they wait for, those that are due first in front."""
+    """Handlers that wait, by what they wait for; the first is due first."""
 
     def __init__(self):
         self.handlers: Any = {
             wait: {} for wait in (LATER, READ, ASK, WRITE, CLOSE)}
         self.left: Any = collections.deque()    # those in LEFT: most clients
-        self.due = math.inf         # nobody's time is over before
+        self.due = math.inf         # no handler is due before
 
     def add(self, handler, wait, deadline):
         handler.wait, handler.deadline = wait, deadline
@@ -2033,27 +2031,27 @@ class Waiting:
         handler.wait = NOTHING
 
     def take_left(self, now):
-        """Take out those whose moment is over."""
+        """Remove and yield the handlers in LEFT that are due."""
         while self.left and self.left[0].deadline <= now:
             yield self.left.popleft()
 
     def overdue(self, now):
-        """Give the others whose time is over; find out who is due next."""
+        """Yield the other handlers that are due; find when the next is."""
         for wait, handlers in self.handlers.items():
-            late = []
+            overdue = []
             for handler in handlers:
                 if handler.deadline > now:
                     break
-                late.append(handler)
-            for handler in late:
-                if handler.wait is wait:    # it may have left by now
+                overdue.append(handler)
+            for handler in overdue:
+                if handler.wait is wait:    # else it has ended meanwhile
                     yield handler
         self.due = min((next(iter(handlers)).deadline for handlers
                         in (self.left, *self.handlers.values()) if handlers),
                        default=math.inf)
 
     def hurry(self, deadline, *waits):
-        """Let those who wait for these wait to deadline at most."""
+        """Bring the deadlines of handlers in these waits forward."""
         for wait in waits:
             for handler in self.handlers[wait]:
                 handler.deadline = min(handler.deadline, deadline)
@@ -2061,19 +2059,20 @@ class Waiting:
 
 
 class Lookups:
-    """Whose turn it is to get a thread, address by address.
+    """The queue for threads, in which addresses take turns.
 
-    An address has a quarter of the places at most.  A thread that is late
-    gives its place away, but there are never more of those than places.
+    One address has at most a quarter of the places, which are max_threads.
+    A thread is late when its client waits no longer.  It then has no place,
+    unless there are already as many late threads as places.
     """
 
     def __init__(self):
         self.queued = collections.OrderedDict()     # handlers by address
         self.running = set()                # handlers that a thread works for
-        self.late = 0                       # threads whose client has gone on
-        self.threads = Counts()             # by address, late ones as well
+        self.late = 0                       # threads: see above
+        self.threads = Counts()             # by address, with the late ones
         self.idle = 0                       # threads that wait for work
-        self.work: Any = queue.SimpleQueue()    # handlers; None ends them all
+        self.work: Any = queue.SimpleQueue()    # handlers; None: end a thread
 
     def add(self, handler):
         self.queued.setdefault(handler.key, {})[handler] = None
@@ -2088,7 +2087,7 @@ class Lookups:
         return None
 
     def begin(self, handler):
-        """Count a thread for a handler; its address is last then."""
+        """Count a thread for a handler; its address goes to the end."""
         self.unqueue(handler)
         if handler.key in self.queued:
             self.queued.move_to_end(handler.key)
@@ -2101,7 +2100,7 @@ class Lookups:
             del self.queued[handler.key]
 
     def give_up(self, handler):
-        """Wait no longer for a handler's thread, or for its turn."""
+        """Forget a handler: its thread is late, or it leaves the queue."""
         if handler in self.running:
             self.running.remove(handler)
             self.late += 1
@@ -2109,26 +2108,26 @@ class Lookups:
             self.unqueue(handler)
 
     def end(self, handler):
-        """Keep a thread, for which nobody waits any longer, for the next."""
+        """Count a late thread as idle."""
         self.late -= 1
         self.threads.add(handler.key, -1)
         self.idle += 1
 
 
 class Door:
-    """When to accept from the listening sockets, and how many in a row."""
+    """The listening sockets: when to accept, and how many in a row."""
 
     def __init__(self, listeners, log):
         self.listeners = listeners
         self.log = log
-        self.watched = False            # by the selector
+        self.watched = False            # does the selector watch them?
         self.accepts = 8.0              # in a row
         self.full_logged = self.starved_logged = False
         self.next_full_log = -math.inf
         self.paused = False
 
     def is_open(self, connections, limit, now):
-        """May more clients come in?  Log when that changes, now and then."""
+        """May clients be accepted?  Log it, now and then, when full."""
         full = connections >= limit
         if self.full_logged and not full:
             self.full_logged = False
@@ -2140,11 +2139,11 @@ class Door:
         return not full and not self.paused
 
     def watch(self, selector, accept):
-        """Have the selector call accept for new clients; None for not."""
+        """Have the selector call accept for new clients; None: stop that."""
         if self.watched == bool(accept):
             return
         self.watched = bool(accept)
-        if accept:      # the first is served first, and may take the room
+        if accept:      # rotate: the first could take all places
             self.listeners = self.listeners[1:] + self.listeners[:1]
         for listener in self.listeners:
             if accept:
@@ -2153,7 +2152,7 @@ class Door:
                 selector.unregister(listener)
 
     def pause(self, error, connections):
-        """Pause if accept failed for want of descriptors; log that once."""
+        """Pause if accept failed for lack of resources; log that once."""
         self.paused = error.errno in (errno.EMFILE, errno.ENFILE,
                                       errno.ENOBUFS, errno.ENOMEM)
         if self.paused and not self.starved_logged:
@@ -2163,10 +2162,10 @@ class Door:
         return self.paused
 
     def drop_new_connections(self):
-        """Have the kernel drop what would open another connection (Linux).
+        """Have the kernel drop packets that open a connection (Linux).
 
-        A close of a listener resets those that it has not handed out.
-        Raises OSError where there are no such filters, or not for us.
+        The close of a listener resets connections that are not accepted.
+        Raises OSError where filters do not exist, or need a right.
         """
         code = array.array("B", b"".join(struct.pack("HBBI", *instruction)
                                          for instruction in DROP_SYN))
@@ -2187,16 +2186,16 @@ class Inbox:
 
     def __init__(self):
         self.signals: Any = collections.deque()     # numbers
-        self.actions: dict[int, Callable[[], None]] = {}    # else a stop
+        self.actions: dict[int, Callable[[], None]] = {}    # default: stop
         self.replies: Any = collections.deque()     # (handler, reply)
         self.woken, self.waker = socket.socketpair()
         self.woken.setblocking(False)
-        self.waker.setblocking(False)           # as set_wakeup_fd wants it
+        self.waker.setblocking(False)           # set_wakeup_fd requires it
 
     def wake(self):
         """Wake the loop, from any thread."""
-        with contextlib.suppress(OSError):      # full: it will, anyway; or
-            self.waker.send(b"\0")              # closed, and nobody waits
+        with contextlib.suppress(OSError):      # full: it wakes anyway, or
+            self.waker.send(b"\0")              # closed: it has ended
 
     def close(self):
         self.woken.close()
@@ -2206,11 +2205,11 @@ class Inbox:
 # ---- Server ---------------------------------------------------------------
 
 BACKLOG = 1024          # connections the kernel holds for us: see listen(2)
-ACCEPTS = 256           # in a row at most, before other clients' turn
-MORE_ACCEPTS = 1.09     # times as many after a turn with a client for each;
-FEWER_ACCEPTS = 0.5     # after one in vain, which costs as much as a turn
-PAUSE = 1.0             # seconds without accept when descriptors are out
-LAST_CALL = 0.02        # seconds for connections that come as a stop does
+ACCEPTS = 256           # in a row at most, then other clients get their turn
+MORE_ACCEPTS = 1.09     # factor after a turn in which none failed
+FEWER_ACCEPTS = 0.5     # factor after a failed one: it costs as a turn does
+PAUSE = 1.0             # seconds without accept when descriptors run out
+LAST_CALL = 0.02        # seconds to accept connections that come with a stop
 
 
 class FingerServer(socketserver.ThreadingTCPServer):
@@ -2252,7 +2251,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
     # The loop.
 
     def serve_forever(self, poll_interval: float = 0) -> None:
-        """Serve until stop(), and then until the clients at hand have left."""
+        """Serve until stop(), and then until the last client has left."""
         while not self.is_done():
             now = time.monotonic()
             self.watch_door(now)
@@ -2260,7 +2259,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
                       *self.chores.values())
             for key, _ in self.selector.select(poll_timeout(due - now)):
                 key.data(key.fileobj)
-            if now >= due:      # what has come since that look is not late
+            if now >= due:      # only here: what has come is served first
                 self.do_what_is_due(now)
         self.look_at_left(math.inf)
         for handler in self.waiting.overdue(math.inf):
@@ -2274,7 +2273,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
         self.serve_forever()
 
     def is_done(self):
-        """Is a stop at its end?"""
+        """Has a stop been completed?"""
         return self.stopping and not self.door.listeners and (
             not self.hosts.total or time.monotonic() >= self.stop_deadline)
 
@@ -2291,17 +2290,17 @@ class FingerServer(socketserver.ThreadingTCPServer):
     # From a listening socket to a handler.
 
     def watch_door(self, now):
-        """Leave new clients in the kernel's queue while there is no room."""
+        """Leave new clients in the kernel's queue at max_clients."""
         limit = self.answers.limits.max_clients
         if self.hosts.total >= limit:
             self.look_at_left(math.inf)             # most of them have closed
-            self.door.watch(self.selector, None)    # another is first then
+            self.door.watch(self.selector, None)    # watching again rotates
         is_open = self.door.is_open(self.hosts.total, limit, now)
         self.door.watch(self.selector,
                         self.accept_clients if is_open else None)
 
     def accept_clients(self, listener, most=0):
-        """Accept as many as lately came at a time, if there is room."""
+        """Accept as many as came at a time lately, up to max_clients."""
         door = self.door
         room = self.answers.limits.max_clients - self.hosts.total
         for _ in range(min(room, most or int(door.accepts))):
@@ -2324,19 +2323,19 @@ class FingerServer(socketserver.ThreadingTCPServer):
         return math.inf
 
     def process_request(self, request, client_address):
-        """Serve a new client as far as it goes at once."""
+        """Serve a new client until it has to wait."""
         handler = self.finish_request(request, client_address)
         self.hosts.add(handler.key)
         self.resume(handler)
 
     def finish_request(self, request, client_address):
-        """Give the handler of a client; handle() has not begun."""
+        """Make the handler of a client; its handle() has not begun."""
         return FingerHandler(request, client_address, self)
 
     # From one wait of a handler to the next.
 
     def resume(self, handler, value=None):
-        """Run a handler to its next wait or its end; throw an exception in."""
+        """Run a handler to its next wait or end; throw in an exception."""
         try:
             if isinstance(value, Exception):
                 wait = handler.steps.throw(value)
@@ -2346,7 +2345,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
                 self.keep(handler, wait)
         except (StopIteration, OSError):
             self.close_request(handler)
-        except Exception:               # a bug costs nobody but this client
+        except Exception:               # a bug ends this client, no other
             self.handle_error(handler.request, handler.host)
             self.close_request(handler)
 
@@ -2379,7 +2378,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
         return self.answers.limits.timeout + GRACE * (wait is ASK)
 
     def forget(self, handler):
-        """Keep a handler no longer."""
+        """Undo keep()."""
         if handler.wait.events:
             self.selector.unregister(handler)
         elif handler.wait is ASK:
@@ -2387,17 +2386,17 @@ class FingerServer(socketserver.ThreadingTCPServer):
         self.waiting.remove(handler)
 
     def look_at_left(self, now):
-        """See which clients of those whose moment is over have closed."""
+        """Resume the clients in LEFT that are due; most have closed."""
         for handler in self.waiting.take_left(now):
             self.resume(handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log a bug, with the traceback that leads to it."""
+        """Log a bug with its traceback."""
         self.log.event("error", "bug", client=client_address,
                        traceback=format_traceback())
 
     def close_request(self, request: Any) -> None:
-        """End a client: every one ends here."""
+        """Close the connection of a client: each one ends here."""
         if request.wait is not NOTHING:
             self.forget(request)
         request.request.close()
@@ -2406,7 +2405,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
     # Threads.
 
     def start_lookups(self):
-        """Give threads to those whose turn it is."""
+        """Give threads to the handlers whose turn it is."""
         while True:
             handler = self.lookups.next(self.answers.limits.max_threads)
             if not handler:
@@ -2429,8 +2428,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
             self.lookups.begin(handler)
 
     def process_request_thread(self, request, client_address):
-        """Ask the backends for one client after another: all that a thread
-        does.  To start one for each would cost more than most lookups."""
+        """Answer clients, one after another: to start a thread is slow."""
         while request:
             try:
                 reply = self.answers.answer(request.query, request.host,
@@ -2440,13 +2438,12 @@ class FingerServer(socketserver.ThreadingTCPServer):
                 reply = FIXED_REPLIES["failed"]
             self.inbox.replies.append((request, reply))
             self.inbox.wake()
-            del request, reply          # keep nothing while there is no work
+            del request, reply          # free them while there is no work
             request = self.lookups.work.get()
         self.lookups.work.put(None)     # for the next thread
 
     def read_inbox(self, woken):
-        """Act on signals; go on with the clients that threads have answered.
-        """
+        """Act on signals; resume the clients that threads have answered."""
         with contextlib.suppress(BlockingIOError):
             woken.recv(READ_SIZE)
         while self.inbox.signals:
@@ -2461,7 +2458,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
     # Changes, and the end.
 
     def change_answers(self, answers: Answers) -> None:
-        """Serve by another config from now on, connected clients included."""
+        """Use another config from now on, for connected clients, too."""
         answers.own_ports = self.answers.own_ports
         self.answers = answers
         self.waiting.hurry(time.monotonic() + answers.limits.timeout + GRACE,
@@ -2477,12 +2474,12 @@ class FingerServer(socketserver.ThreadingTCPServer):
         self.stop_deadline = now + self.answers.limits.timeout + GRACE
         self.waiting.hurry(now + GRACE, READ, CLOSE)
         self.chores[self.close_door] = now
-        with contextlib.suppress(OSError):      # we may not, or cannot
+        with contextlib.suppress(OSError):      # then there is no last call
             self.door.drop_new_connections()
             self.chores[self.close_door] = now + LAST_CALL
 
     def close_door(self):
-        """Accept those who are there, and close the listening sockets."""
+        """Accept the clients in the queue; close the listening sockets."""
         for listener in self.door.listeners:
             self.accept_clients(listener, BACKLOG)
         self.door.watch(self.selector, None)
@@ -2496,7 +2493,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
         self.ended.wait()
 
     def server_close(self) -> None:
-        """Close every socket there is, and end the threads."""
+        """Close all sockets, and end the threads."""
         self.lookups.work.put(None)
         self.door.close()
         for handlers in (self.waiting.left, *self.waiting.handlers.values()):
@@ -2509,7 +2506,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
 def poll_timeout(seconds):
     """Give a selector's timeout: None for ever, or an hour at most.
 
-    Some systems' selectors take no more than 24 days.
+    On some systems it may not be more than 24 days.
     """
     return None if seconds == math.inf else max(0, min(seconds, 3600))
 
