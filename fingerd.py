@@ -3286,12 +3286,12 @@ class Daemon:
 
 # ---- Actions --------------------------------------------------------------
 
-DEFAULT_TIMEOUT = 60.0          # seconds, if the config has errors
-STOP_WAIT = 5.0                 # seconds beyond the timeout, for --stop
+DEFAULT_TIMEOUT = 60.0          # seconds, for --stop with a bad config
+STOP_WAIT = 5.0                 # seconds that --stop adds to the timeout
 
 
 def find_config(path: str | None) -> str:
-    """Give the path of the config: the one named, or one that exists."""
+    """Give the path of the config: this one, or else one that exists."""
     if path is not None:
         return path
     for known in CONFIG_FILES:
@@ -3323,7 +3323,7 @@ def check_and_start(args: Any, log: Log, reader: Callable[..., Any]) -> None:
 
 
 def find_useless(config: Any, inetd: bool) -> Iterator[str]:
-    """Warn of settings that do nothing when it is started this way."""
+    """Yield warnings of settings that have no effect in this kind of start."""
     useless = {}
     if count_passed():
         useless["listen"] = "is not used with systemd's sockets; remove it"
@@ -3344,7 +3344,7 @@ def close_inherited() -> None:
     """
     try:
         found = [int(name) for name in os.listdir("/dev/fd")]
-    except OSError:             # it is not there: try the usual ones
+    except OSError:             # not on this system: try the usual numbers
         found = list(range(1024))
     first = 3 + count_passed()
     for fd in found:
@@ -3364,26 +3364,26 @@ def print_reply(args: Any, log: Log, reader: Callable[..., Any]) -> int:
     except ValueError:
         raise ConfigError(f'--from: "{client}" is not an address; write'
                           " e.g. --from 192.0.2.7") from None
-    site = Answers(config, log)
+    answers = Answers(config, log)
     ids = choose_ids(config.daemon) if os.geteuid() == 0 else None
     if ids:                     # no program is run as root
         load_late_imports()
         drop_privileges(*ids)
-    reply = answer_line(site, os.fsencode(args.query) + b"\n", client)
+    reply = answer_line(answers, os.fsencode(args.query) + b"\n", client)
     say(reply.data)
     return 1 if reply.outcome == "failed" else 0
 
 
-def answer_line(site: Answers, line: bytes, client: str) -> Reply:
-    """Give the reply to a line, as FingerHandler does."""
-    if not site.allows(client):
+def answer_line(answers: Answers, line: bytes, client: str) -> Reply:
+    """Give the reply that FingerHandler would give to a line."""
+    if not answers.allows(client):
         return FIXED_REPLIES["denied"]
-    text = QueryLine(site.limits.max_query)
+    text = QueryLine(answers.limits.max_query)
     try:
         text.add(line)
-        query = parse_query(bytes(text.text), lambda: site.names)
-        return site.answer(query, client,
-                           time.monotonic() + site.limits.timeout)
+        query = parse_query(bytes(text.text), lambda: answers.names)
+        return answers.answer(query, client,
+                              time.monotonic() + answers.limits.timeout)
     except MalformedQuery:
         return FIXED_REPLIES["malformed"]
     except LineTooLong:
@@ -3414,7 +3414,7 @@ def control(args: Any, reader: Callable[..., Any]) -> int:
 
 
 def print_status(path: str) -> int:
-    """Say whether the daemon runs; give the status of LSB."""
+    """Print whether the daemon runs; give the exit status, as LSB has it."""
     try:
         pid, number = find_daemon(path)
     except StartError as error:
@@ -3431,7 +3431,7 @@ def print_status(path: str) -> int:
 
 
 def reload_daemon(path: str, config: Any, errors: str) -> int:
-    """Have the daemon reload; give 1 if that fails, as far as we know."""
+    """Have the daemon reload; give 1 if we know that it cannot, else 0."""
     if errors:
         complain(errors)
     pid = signal_daemon(path, signal.SIGHUP)
@@ -3443,7 +3443,7 @@ def reload_daemon(path: str, config: Any, errors: str) -> int:
 
 
 def stop_daemon(path: str, timeout: float) -> None:
-    """Stop the daemon, and wait until nobody, or another, has its pidfile."""
+    """Stop the daemon, and wait until it no longer holds the pidfile."""
     pid = signal_daemon(path, signal.SIGTERM)
     until = time.monotonic() + timeout + STOP_WAIT
     while pid and find_daemon(path)[0] == pid:
@@ -3454,7 +3454,7 @@ def stop_daemon(path: str, timeout: float) -> None:
 
 
 def signal_daemon(path: str, number: int) -> int:
-    """Signal the daemon; give its pid, or say that none runs and give 0."""
+    """Signal the daemon; give its pid.  If none runs, print that; give 0."""
     pid, _ = find_daemon(path)
     if not pid:
         say(b"fingerd is not running\n")
@@ -3479,7 +3479,7 @@ def serve_inetd(args: Any, log: Log, reader: Callable[..., Any]) -> None:
 def take_inetd_socket() -> socket.socket:
     """Take the connection from standard input, where inetd puts it.
 
-    It is stdout and stderr, too, and nothing else may be written to it.
+    It is stdout and stderr, too; only the reply may be written to it.
     """
     try:
         sock = socket.socket(fileno=os.dup(0))
@@ -3500,7 +3500,7 @@ def take_inetd_socket() -> socket.socket:
 
 
 def refuse_for_inetd(sock: socket.socket, log: Log, error: Exception) -> None:
-    """Tell the client that we fail, and syslog why: there is no terminal."""
+    """Send the client an error, and syslog the reason."""
     with contextlib.suppress(OSError), sock:
         sock.settimeout(GRACE)
         sock.sendall(FIXED_REPLIES["failed"].data)
@@ -3537,7 +3537,7 @@ def write_bundle(path: str) -> None:
         compileall.compile_dir(
             folder, ddir="", quiet=2, legacy=True, invalidation_mode=(
                 py_compile.PycInvalidationMode.UNCHECKED_HASH))
-        with open(path, "wb") as bundle:    # it may be the one that runs
+        with open(path, "wb") as bundle:    # may be the file that we run from
             zipapp.create_archive(folder, bundle, "/usr/bin/env python3",
                                   "fingerd:run", compressed=True)
             if stat.S_ISREG(os.fstat(bundle.fileno()).st_mode):
@@ -3546,7 +3546,7 @@ def write_bundle(path: str) -> None:
 
 # ---- Command line ---------------------------------------------------------
 
-# Options with a value: flags, attribute, what the value is called, help.
+# Options with a value: flags, attribute, the value's name in --help, help.
 OPTIONS = (
     (("--config",), "config", "FILE", "config; " + " or ".join(CONFIG_FILES)),
     *((row.flags, row.name, "VALUE", row.help)
@@ -3572,7 +3572,7 @@ SWITCHES = (
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises its errors, which argparse would print, as ConfigError."""
+    """Raises ConfigError where argparse would print an error and exit."""
 
     def error(self, message: str) -> NoReturn:
         text = re.sub("^argument ", "", message)
@@ -3592,10 +3592,10 @@ def make_parser() -> Parser:
 
 
 def parse_options(argv: list[str]) -> Any:
-    """Give what the options set, None for the others, or ConfigError."""
+    """Give the value of each option, None if not set; raise ConfigError."""
     with_value = {flag for flags, *_ in OPTIONS for flag in flags}
     words, joined = iter(argv), []
-    for word in words:      # only after a = may a value begin with -
+    for word in words:      # a value that begins with - must follow a =
         value = next(words, None) if word in with_value else None
         joined.append(word if value is None else f"{word}={value}")
     args, rest = make_parser().parse_known_args(joined)
@@ -3608,7 +3608,7 @@ def parse_options(argv: list[str]) -> Any:
 
 
 def settings_text() -> str:
-    """List all settings with their defaults, section by section."""
+    """Give all settings with their defaults, section by section."""
     rows = [*SETTINGS,
             Setting("aliases", "NAME", "text", "NAMES", "names to answer for"),
             Setting("users", "NAME", "text", "TEXT", "what to answer")]
@@ -3624,7 +3624,7 @@ def settings_text() -> str:
 
 
 def make_reader(args: Any, log: Log) -> Callable[..., Any]:
-    """Make a reader of configs that the options override."""
+    """Make a function that reads a config; the options override it."""
     def report(backend: str, text: str, level: str = "warning") -> None:
         log.event(level, "backend", name=backend, text=text)
 
@@ -3674,7 +3674,7 @@ def complain(text: str, level: str = "error") -> None:
 def open_standard_streams() -> None:
     """Open /dev/null where there is no stdin, stdout or stderr.
 
-    Otherwise the first socket gets that number, and a client what is printed.
+    Otherwise a socket could get such a number, and what is printed.
     """
     for fd in (0, 1, 2):
         try:
@@ -3705,7 +3705,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run() -> None:
-    """Be the program, as a script or in a zipapp."""
+    """Run as a script or zipapp: exit with the status of main()."""
     sys.exit(main())
 
 
