@@ -2220,7 +2220,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     stats: Stats | None = None
     daemon_threads = True       # a hung backend does not keep us from ending
-    stopping, stop_deadline = False, math.inf
+    stop_deadline = math.inf    # of a stop that has begun
 
     def __init__(self, listeners: list[socket.socket], answers: Answers,
                  log: Log) -> None:
@@ -2268,13 +2268,12 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     def serve_one(self, sock: socket.socket) -> None:
         """Serve a connection that is open already, and no other."""
-        self.stopping = True
         self.process_request(sock, sock.getpeername())
         self.serve_forever()
 
     def is_done(self):
-        """Has a stop been completed?"""
-        return self.stopping and not self.door.listeners and (
+        """Has the last client left, and will no other come?"""
+        return not self.door.listeners and (
             not self.hosts.total or time.monotonic() >= self.stop_deadline)
 
     def do_what_is_due(self, now):
@@ -2283,6 +2282,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
         for handler in self.waiting.overdue(now):
             self.resume(handler,
                         None if handler.wait is LATER else Deadline())
+        self.start_lookups()        # late threads give their places away
         for chore, due in list(self.chores.items()):
             if now >= due:
                 self.chores[chore] = now + chore()
@@ -2373,7 +2373,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
         """Give a client's time to wait: a timeout for each wait."""
         if wait is LATER:
             return 0
-        if self.stopping and wait in (READ, CLOSE):
+        if self.stop_deadline < math.inf and wait in (READ, CLOSE):
             return GRACE
         return self.answers.limits.timeout + GRACE * (wait is ASK)
 
@@ -2467,10 +2467,9 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     def stop(self) -> None:
         """Take no new clients; have serve_forever() end with the last one."""
-        if self.stopping:
+        if self.stop_deadline < math.inf:
             return
         now = time.monotonic()
-        self.stopping = True
         self.stop_deadline = now + self.answers.limits.timeout + GRACE
         self.waiting.hurry(now + GRACE, READ, CLOSE)
         self.chores[self.close_door] = now

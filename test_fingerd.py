@@ -1744,6 +1744,20 @@ class BackendsTest(ServerCase):
         self.assertEqual(asked, ["first", "patient"])
 
     @needs_more_addresses
+    def test_a_thread_that_is_late_gives_its_place_to_one_that_is_queued(self):
+        backend, server = self.serve_held("[limits]\nmax_threads = 1\n")
+        first = self.send(server, b"bob")
+        self.assertTrue(backend.entered.acquire(timeout=HANG))
+        self.send(server, b"carol", "127.0.0.2")
+        server.wait_waiting(fingerd.ASK, 2)
+        bob, _ = server.waiting(fingerd.ASK)
+        bob.deadline = server.server.waiting.due = 0
+        server.server.inbox.wake()
+        self.assertEqual(read_all(first), FAILED)
+        self.assertTrue(backend.entered.acquire(timeout=HANG / 2))
+        backend.release.set()
+
+    @needs_more_addresses
     @mock.patch.object(fingerd, "GRACE", 0.1)
     def test_a_thread_that_is_late_gives_its_place_to_another_address(self):
         backend, server = self.serve_held(
@@ -1793,7 +1807,8 @@ class BackendsTest(ServerCase):
         self.assertTrue(backend.entered.acquire(timeout=HANG))
         server.server.inbox.signals.append(signal.SIGTERM)
         server.server.inbox.wake()
-        wait_until(lambda: server.server.stopping, "the stop")
+        wait_until(lambda: server.server.stop_deadline < math.inf,
+                   "the stop")
         backend.release.set()
         self.assertEqual(read_all(sock), b"held bob\r\n")
         self.assertTrue(server.server.ended.wait(HANG))
@@ -4335,6 +4350,26 @@ class ServiceManagerTest(unittest.TestCase):
                     client.shutdown(socket.SHUT_WR)
                 self.assertEqual(serve(), status)
                 self.assertEqual(read_all(client), reply.encode())
+
+    @mock.patch.object(fingerd, "GRACE", 0)
+    def test_a_client_of_inetd_has_time_to_write_its_line(self):
+        log = fingerd.Log()
+        log.level = len(fingerd.LEVELS)
+        ours = fingerd.open_listeners([("127.0.0.1", 0)])[0]
+        with ours, connect(ours.getsockname()) as client, fingerd.FingerServer(
+                [], fingerd.Answers(read_config(USERS), log), log) as server:
+            ours.setblocking(True)
+            serve = threading.Thread(target=server.serve_one,
+                                     args=[ours.accept()[0]])
+            serve.start()
+            client.settimeout(0.1)
+            with self.assertRaises(socket.timeout):
+                client.recv(1)
+            client.sendall(b"moshez\r\n")
+            client.settimeout(HANG)
+            self.assertEqual(read_all(client), HAPPY)
+            client.close()
+            serve.join(HANG)
 
     def test_a_client_of_inetd_that_has_left_before_the_start_is_gone(self):
         with tempfile.TemporaryDirectory() as directory:
