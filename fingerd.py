@@ -1207,6 +1207,8 @@ class Log:
             return
         if self.hide:
             host, port = self.hide(host), 0
+            if line.startswith((PROXY_1, PROXY_2)):     # names a client, too
+                line = PROXY_1
         with self.lock:
             if self.format is format_text and len(line) <= SHORT:
                 text = (f"query client={host} port={port} q={quote_line(line)}"

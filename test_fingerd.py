@@ -1438,16 +1438,26 @@ class LogTest(ServerCase):
 
     @needs_more_addresses
     def test_limits_and_networks_see_what_the_log_does_not_keep(self):
-        server = self.serve("[server]\ndeny = 127.0.0.3\n[limits]\n"
+        server = self.serve("[server]\ndeny = 127.0.0.3\n"
+                            "proxy_from = 127.0.0.5\n[limits]\n"
                             "queries_per_minute = 1\n[log]\nclient = none\n"
                             + USERS)
+        # Of balancers that are not configured, and of one that is broken.
+        one, two = proxied("127.0.0.7")
+        for header, host in ((one, "127.0.0.4"), (one + one, "127.0.0.5"),
+                             (two + two, "127.0.0.5"),
+                             (one[:-3], "127.0.0.5"), (two[:-1], "127.0.0.5")):
+            sock = self.enter(server.connect(header, host))
+            sock.shutdown(socket.SHUT_WR)
+            self.assertEqual(read_all(sock), b"Malformed query\r\n")
         replies = [read_all(self.enter(server.connect(b"moshez\r\n", host)))
                    for host in ("127.0.0.1", "127.0.0.1", "127.0.0.2",
                                 "127.0.0.3")]
         self.assertEqual(replies,
                          [HAPPY, LIMITED, HAPPY, b"Access denied\r\n"])
-        server.wait_log("query client=- port=0 ", 4)
-        self.assertNotIn("127.0.0", "\n".join(server.log()))
+        server.wait_log("query client=- port=0 ", 9)
+        self.assertNotRegex("\n".join(server.log()),
+                            r"127\.0\.0|x7f.x00.x00")
 
 
 # ---- Server ---------------------------------------------------------------
