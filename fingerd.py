@@ -226,7 +226,7 @@ def parse_query(line: bytes | bytearray,
     if CONTROL.search(line):
         raise MalformedQuery("control character")
     if PROXY_LINE.match(line):
-        raise MalformedQuery("PROXY line of a stranger")
+        raise MalformedQuery("PROXY line, but not from proxy_from")
     try:
         tokens = [token.decode() for token in line.split()]
     except UnicodeDecodeError:
@@ -1542,7 +1542,7 @@ def fetch_finger(found: Any, line: str, limit: int, deadline: float,
 
 def connect_before(deadline: float, found: Any) -> socket.socket:
     """Connect to the first of the addresses that accepts in time."""
-    failure = OSError("there is no address")
+    failure = OSError("the host has no address")
     for tried, (family, kind, protocol, _, address) in enumerate(found):
         sock = socket.socket(family, kind, protocol)
         try:    # share the time: a dead address must leave some to the next
@@ -1898,7 +1898,7 @@ class FingerHandler(socketserver.StreamRequestHandler):
             if self.text:
                 return True
             if data.startswith(PROXY_2):
-                raise MalformedQuery("PROXY header of a stranger")
+                raise MalformedQuery("PROXY header, but not from proxy_from")
             self.line = QueryLine(limit)
             self.text = self.line.text
         try:
@@ -2326,13 +2326,9 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     def process_request(self, request, client_address):
         """Serve a new client until it has to wait."""
-        handler = self.finish_request(request, client_address)
+        handler = FingerHandler(request, client_address, self)
         self.hosts.add(handler.key)
         self.resume(handler)
-
-    def finish_request(self, request, client_address):
-        """Make the handler of a client; its handle() has not begun."""
-        return FingerHandler(request, client_address, self)
 
     # From one wait of a handler to the next.
 
