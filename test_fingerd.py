@@ -3903,10 +3903,6 @@ class SyslogTest(unittest.TestCase):
                     self.assertEqual(ask(("127.0.0.1", int(port)),
                                          b"moshez\r\n"), HAPPY)
 
-    def test_the_prefix_is_on_stderr_too(self):
-        with daemon(USERS, "--prefix", "who") as program:
-            program.wait_log("^who: ready ")
-
 
 @needs_root
 @needs_proc
@@ -4539,17 +4535,16 @@ LINES = ("-x", "--", "--help", "-", "", "/W moshez", "a=b", "=", "a\nb",
 
 
 class CommandLineTest(unittest.TestCase):
-    def test_prints_its_version(self):
-        self.assertEqual(run_fingerd("--version", fresh=True),
-                         (0, f"fingerd {fingerd.__version__}\n", ""))
-
-    def test_checks_a_config(self):
+    def test_prints_its_version_and_checks_a_config(self):
         with config_file("[limits]\ntimeout = x\n") as path:
-            self.assertEqual(
-                run_fingerd("--config", path, "--check", fresh=True),
-                (2, "", f'fingerd: {path}:2: timeout: "x" is not a number of'
-                        ' seconds; write e.g. timeout = 10\n'
-                        f'fingerd: 1 error in {path}, not started\n'))
+            for args, result in [
+                    (["--version"],
+                     (0, f"fingerd {fingerd.__version__}\n", "")),
+                    (["--config", path, "--check"],
+                     (2, "", f'fingerd: {path}:2: timeout: "x" is not a number'
+                             " of seconds; write e.g. timeout = 10\n"
+                             f"fingerd: 1 error in {path}, not started\n"))]:
+                self.assertEqual(run_fingerd(*args, fresh=True), result)
 
     def test_check_warns_of_settings_that_do_nothing(self):
         with config_file("[server]\nlisten = localhost:79\nstats = x\n[limits]"
@@ -4590,8 +4585,8 @@ class CommandLineTest(unittest.TestCase):
                  'fingerd: backend name=picky text="is loud"\n'))
 
     def test_warns_at_the_start_but_not_in_a_query(self):
-        with daemon(USERS + "[web]\n") as program:
-            program.wait_log(r"ready ")
+        with daemon(USERS + "[web]\n", "--prefix", "who") as program:
+            program.wait_log("^who: ready ")
             self.assertRegex(program.log()[0],
                              r"^fingerd: .*:7: \[web\]: is not used; add")
             self.assertEqual(
@@ -7984,58 +7979,54 @@ class FuzzTest(unittest.TestCase):
 
 # ---- Other people's clients -----------------------------------------------
 
-class ClientsTest(unittest.TestCase):
+class ClientsTest(ServerCase):
     """finger, lynx, nmap, telnet and nc, as people use them."""
 
     def run_client(self, *command, send=""):
-        done = subprocess.run(command, input=send, text=True, timeout=3 * HANG,
-                              capture_output=True)
-        return done.stdout
+        return subprocess.run(command, input=send, text=True,
+                              timeout=3 * HANG, capture_output=True).stdout
 
-    @contextlib.contextmanager
-    def serving_on_port_79(self):
+    def serve_on_port_79(self):
         """Serve on the only port that finger and lynx ask; give the host."""
         if os.geteuid() != 0:
             self.skipTest("needs root to listen on port 79")
         host = f"127.79.{os.getpid() % 250 + 1}.1"      # parallel runs
-        with serving(listen=f"{host}:79") as server:
-            yield server, host
+        return self.serve(listen=f"{host}:79"), host
 
     @needs("finger")
     def test_finger_gets_answers(self):
-        with self.serving_on_port_79() as (server, host):
-            for args, answer in [
-                    ([f"moshez@{host}"], "Happy and well"),
-                    (["-l", f"moshez@{host}"], "Happy and well"),
-                    ([f"bob@{host}"], "No such user"),
-                    ([f"@{host}"], "Finger online user list denied")]:
-                out = self.run_client("finger", *args)
-                self.assertEqual(out.split("\n")[-2].rstrip(), answer)
-            server.wait_log('q="/W moshez" outcome=answered')
-            server.wait_log('q="" outcome=list-denied')
+        server, host = self.serve_on_port_79()
+        for args, answer in [
+                ([f"moshez@{host}"], "Happy and well"),
+                (["-l", f"moshez@{host}"], "Happy and well"),
+                ([f"bob@{host}"], "No such user"),
+                ([f"@{host}"], "Finger online user list denied")]:
+            out = self.run_client("finger", *args)
+            self.assertEqual(out.split("\n")[-2].rstrip(), answer)
+        server.wait_log('q="/W moshez" outcome=answered')
+        server.wait_log('q="" outcome=list-denied')
 
     @needs("lynx")
     def test_lynx_shows_answers(self):
-        with self.serving_on_port_79() as (server, host):
-            for user in ("moshez", "moshez/w"):
-                out = self.run_client("lynx", "-dump",
-                                      f"finger://{host}/{user}")
-                self.assertIn("Happy and well", out)
-            server.wait_log('q="/[Ww] moshez"')
+        server, host = self.serve_on_port_79()
+        for user in ("moshez", "moshez/w"):
+            out = self.run_client("lynx", "-dump", f"finger://{host}/{user}")
+            self.assertIn("Happy and well", out)
+        server.wait_log('q="/[Ww] moshez"')
 
     @needs("nmap")
     def test_nmap_reads_the_answer_to_the_empty_query(self):
         # Its epoll engine misses an end of file that comes with the text.
-        with serving("[server]\nwelcome = Login Name\n" + USERS) as server:
-            host, port = server.address
-            out = self.run_client("nmap", "--nsock-engine", "poll", "-Pn",
-                                  "-n", "-p", str(port), "--script",
-                                  "+finger", host)
-            self.assertIn("Login Name", out)
+        server = self.serve("[server]\nwelcome = Login Name\n" + USERS)
+        host, port = map(str, server.address)
+        out = self.run_client("nmap", "--nsock-engine", "poll", "-Pn", "-n",
+                              "-p", port, "--script", "+finger", host)
+        self.assertIn("Login Name", out)
 
     @needs("telnet")
     def test_telnet_gets_an_answer(self):
-        with serving() as server, subprocess.Popen(
+        server = self.serve()
+        with subprocess.Popen(
                 ["telnet", *map(str, server.address)], stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 text=True) as client:
@@ -8045,12 +8036,11 @@ class ClientsTest(unittest.TestCase):
 
     @needs("nc")
     def test_nc_gets_an_answer(self):
-        with serving() as server:
-            host, port = map(str, server.address)
-            for send in ("moshez\r\n", "moshez\n", "moshez"):
-                out = self.run_client("nc", "-N", "-w", "5", host, port,
-                                      send=send)
-                self.assertEqual(out, "Happy and well\n")
+        host, port = map(str, self.serve().address)
+        for send in ("moshez\r\n", "moshez\n", "moshez"):
+            self.assertEqual(
+                self.run_client("nc", "-N", "-w", "5", host, port, send=send),
+                "Happy and well\n")
 
 
 class Answered(NamedTuple):
