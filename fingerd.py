@@ -2479,6 +2479,9 @@ class FingerServer(socketserver.ThreadingTCPServer):
         """Accept the clients in the queue; close the listening sockets."""
         for listener in self.door.listeners:
             self.accept_clients(listener, BACKLOG)
+        if self.hosts.total >= self.answers.limits.max_clients and (
+                time.monotonic() < self.stop_deadline):
+            return LAST_CALL        # others may wait for room
         self.door.watch(self.selector, None)
         self.door.close()
         return math.inf

@@ -1813,17 +1813,23 @@ class BackendsTest(ServerCase):
         backend.release.set()
         self.assertEqual(read_all(two), b"held carol\r\n")
 
+    @mock.patch.object(fingerd, "LAST_CALL", 0)
     def test_a_stop_ends_with_the_last_client_of_a_full_server(self):
-        backend, server = self.serve_held("[limits]\nmax_clients = 1\n")
+        backend, server = self.serve_held(
+            "[limits]\nmax_clients = 1\n" + USERS)
         sock = self.send(server, b"bob")
         sock.shutdown(socket.SHUT_WR)
         self.assertTrue(backend.entered.acquire(timeout=HANG))
+        queued = [self.send(server, b"moshez") for _ in range(3)]
         server.server.inbox.signals.append(signal.SIGTERM)
         server.server.inbox.wake()
         wait_until(lambda: server.server.stop_deadline < math.inf,
                    "the stop")
         backend.release.set()
         self.assertEqual(read_all(sock), b"held bob\r\n")
+        for each in queued:
+            self.assertEqual(read_all(each), HAPPY)
+            each.close()
         self.assertTrue(server.server.ended.wait(HANG))
 
     def test_a_stop_waits_no_longer_for_who_does_not_read(self):
