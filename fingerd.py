@@ -1010,18 +1010,18 @@ SEVERITY = {level: 7 - number       # as syslog(3) counts
             for number, level in enumerate(LEVELS)}
 MAX_SYSLOG = 8192       # bytes of a message; rsyslog takes no more
 HEAD = 64               # bytes in front of a line, at most
-SHORT = 64              # bytes of a query that fits into any line
-QUOTED = re.compile(r'[^ !#-\[\]-~]')   # what an escape must stand for
+SHORT = 64              # bytes; a query this short fits into any line
+QUOTED = re.compile(r'[^ !#-\[\]-~]')   # what must be escaped
 PLAIN = re.compile(r'[!#-<>-\[\]-~]*')  # a value that needs no quotes
 
 
 def quote(text: str) -> str:
-    """Put text into quotes as printable ASCII, whatever is in it."""
+    """Quote any text, as printable ASCII."""
     return '"' + QUOTED.sub(escape, text) + '"'
 
 
 def escape(match: re.Match[str]) -> str:
-    """Escape one character that would end a value or a line."""
+    """Escape a quote, a backslash, or what is not printable ASCII."""
     character = match[0]
     if character in '"\\':
         return "\\" + character
@@ -1032,13 +1032,13 @@ def escape(match: re.Match[str]) -> str:
 
 
 def quote_line(line: bytes) -> str:
-    """Quote what a client has sent, without its end."""
+    """Quote a line that a client has sent."""
     return quote(line.decode("utf-8", "surrogateescape"))
 
 
 @functools.lru_cache(maxsize=1)
 def utc_time(second: int) -> str:
-    """Format a time of the system's clock."""
+    """Format the seconds of the system's clock, in UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
 
 
@@ -1057,7 +1057,7 @@ def format_text(event: str, fields: dict[str, Any]) -> str:
 
 def format_json(event: str, fields: dict[str, Any]) -> str:
     """Format an event as JSON, the time first."""
-    import json  # text has no use for it
+    import json  # not needed for text
     return json.dumps(
         {"time": utc_time(int(time.time())), "event": event, **fields},
         default=lambda line: line.decode("utf-8", "backslashreplace"))
@@ -1089,8 +1089,8 @@ def is_journal() -> bool:
 class LogFile:
     """An open file, pipe or terminal.
 
-    A pipe or terminal that is not full takes PIPE_BUF bytes at once, and a
-    longer line would have to wait (pipe(7)).  A file takes any line.
+    A pipe or terminal that is not full takes PIPE_BUF bytes at once; a longer
+    line could have to wait (pipe(7)).  A file takes any line.
     """
 
     def __init__(self, fd: int) -> None:
@@ -1112,21 +1112,21 @@ class LogFile:
 
     def close(self) -> None:
         if self.fd != 2:
-            with contextlib.suppress(OSError):      # closed all the same
+            with contextlib.suppress(OSError):      # it is closed anyway
                 os.close(self.fd)
 
 
 class Syslog(socket.socket):
-    """A datagram socket to syslog(3) that finds a syslog that has restarted.
+    """A datagram socket to syslog(3); reconnects if syslog has restarted.
 
-    Not so in a chroot, where the path is out of reach, unless the socket
-    stays, as that of systemd-journald does, or it is UDP.
+    In a chroot it cannot reconnect to a path outside; over UDP it can, and
+    systemd-journald keeps its socket.
     """
 
     limit = MAX_SYSLOG
 
     def __init__(self, address: str | tuple[str, int]) -> None:
-        """Connect to a path or host; raise OSError if nobody listens."""
+        """Connect to a path or host; raise OSError if that fails."""
         family: int = socket.AF_UNIX
         self.address: Any = address
         if not isinstance(address, str):    # a name is looked up only here
@@ -1151,8 +1151,8 @@ class Syslog(socket.socket):
 class Log:
     """The log, one event a line, as key=value or JSON.
 
-    Any thread may write; a line is one system call.  Not logging: a line of
-    that costs four times as much.
+    Any thread may write; a line is one system call.  The logging module is
+    not used, as its lines cost four times as much.
     """
 
     def __init__(self) -> None:
@@ -1167,7 +1167,7 @@ class Log:
 
     def open(self, settings: Any,
              owner: tuple[int, int] | None = None) -> None:
-        """Use the settings of [log]; raise OSError and change nothing.
+        """Use the settings of [log]; if OSError is raised, none has changed.
 
         A file is opened again, and gets the owner (uid, gid) if it is new.
         A connection to syslog is kept.
@@ -1234,7 +1234,7 @@ class Log:
         return line
 
     def write(self, level: str, line: str) -> None:
-        """Write a line; before it, how many were lost."""
+        """Write a line; before it, report lines that were lost."""
         try:
             if self.lost:
                 lost = self.format("lost", {"lines": self.lost})
@@ -1245,7 +1245,7 @@ class Log:
             self.lost += 1
 
     def add_head(self, level: str, line: str) -> bytes:
-        """Put in front what the output wants; JSON has the time in it."""
+        """Put in front what the output needs; JSON has its own time."""
         if isinstance(self.output, Syslog):
             head = (f"<{self.facility * 8 + SEVERITY[level]}>"
                     f"{self.prefix}[{os.getpid()}]: ")
@@ -2532,7 +2532,7 @@ class AbsentAddress(StartError):
 
 @contextlib.contextmanager
 def attempt(what: str) -> Iterator[None]:
-    """Make a StartError of an OSError: "cannot", what, and why."""
+    """Turn an OSError into a StartError: cannot do what, and why."""
     try:
         yield
     except OSError as error:
@@ -2540,10 +2540,10 @@ def attempt(what: str) -> Iterator[None]:
 
 
 class Listener(socket.socket):
-    """A listening socket.  Its accept() is that of socket.socket, less the
-    enums that are made there for each client: half the time."""
+    """A listening socket.  Its accept() takes half the time of that of
+    socket.socket, which makes enums for each client."""
 
-    passed = False          # by systemd, which listens on
+    passed = False          # by systemd, which goes on listening
 
     def accept(self) -> tuple[Any, Any]:
         fd, address = self._accept()    # type: ignore[attr-defined]
@@ -2560,7 +2560,7 @@ def address_text(address: tuple[Any, ...]) -> str:
 def open_listeners(names: Iterable[tuple[str, int]]) -> list[socket.socket]:
     """Listen on each address of these names, or raise StartError.
 
-    Absent addresses are passed over as long as a name has another.
+    Addresses that are not on this system are skipped if a name has others.
     """
     listeners: list[socket.socket] = []
     with contextlib.ExitStack() as opened:      # closes them if one fails
@@ -2641,7 +2641,7 @@ def passed_listener(fd: int) -> Listener:
 
 
 def fit_max_clients(config: Any, log: Log) -> None:
-    """Raise the limit of descriptors, and keep clients and threads in it."""
+    """Raise the limit of descriptors; lower clients and threads to fit."""
     limits = config.limits
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
@@ -2667,7 +2667,7 @@ def fit_max_clients(config: Any, log: Log) -> None:
 # ---- Pidfile --------------------------------------------------------------
 
 PIDFILE_FLAGS = os.O_CLOEXEC | os.O_NOCTTY | os.O_NOFOLLOW | os.O_NONBLOCK
-PIDFILE_WAIT = 5.0              # seconds for one that starts to have a pid
+PIDFILE_WAIT = 5.0              # seconds for another start to write its pid
 
 
 def is_lone_file(info: os.stat_result) -> bool:
@@ -2678,9 +2678,9 @@ def is_lone_file(info: os.stat_result) -> bool:
 class Pidfile:
     """A file with the number of the process, locked while the daemon runs.
 
-    A start locks it with flock(2), which survives its forks, so that there
-    is only one.  The daemon locks it with lockf(3), too: the system knows the
-    process that has done so.  The number alone is not believed, for a crash
+    A start locks it with flock(2), which survives forks, so that only one can
+    start.  The daemon locks it with lockf(3), too, as the system can name the
+    process that holds such a lock.  The number alone proves nothing: a crash
     leaves it behind, and another user may have written it.
     """
 
@@ -2698,9 +2698,9 @@ class Pidfile:
                 time.sleep(0.01)
 
     def lock(self) -> bool:
-        """Try once."""
+        """Try once to lock the file."""
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | PIDFILE_FLAGS,
-                          0o600)        # anybody can lock what is readable
+                          0o600)        # who can read a file can lock it
         try:
             read_pidfile(self.fd, self.path)
             if os.fstat(self.fd).st_uid not in (0, os.geteuid()):
@@ -2709,7 +2709,7 @@ class Pidfile:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # A daemon that ended since the open may have removed the file.
             if os.path.samestat(os.fstat(self.fd), os.stat(self.path)):
-                os.ftruncate(self.fd, 0)    # of a number that is not ours
+                os.ftruncate(self.fd, 0)    # the number is not ours
                 return True
         except (BlockingIOError, FileNotFoundError):
             pass
@@ -2735,7 +2735,7 @@ class Pidfile:
 
 
 def read_pidfile(fd: int, path: str) -> int:
-    """Give the number in a pidfile, or 0; StartError if it is not one."""
+    """Give the number in a pidfile, or 0; StartError if it has other text."""
     if not is_lone_file(os.fstat(fd)):
         raise StartError(f"{path} is not a regular file with one name; name"
                          " another pidfile")
@@ -2747,7 +2747,7 @@ def read_pidfile(fd: int, path: str) -> int:
 
 
 def find_daemon(path: str) -> tuple[int, int]:
-    """Give the pid of the daemon that has a pidfile, and the number in it.
+    """Give the pid of the daemon that holds a pidfile, and the number in it.
 
     Each may be 0.  Raises StartError if the pid is unknown, or may be forged.
     """
@@ -2772,7 +2772,7 @@ def find_daemon(path: str) -> tuple[int, int]:
 
 
 def lock_holder(fd: int) -> int:
-    """Give the pid of the process that has a file's lockf, 0 for none.
+    """Give the pid of the process that holds lockf on a file; 0 if none.
 
     Raises OSError if that process cannot be seen.  See fcntl(2), F_GETLK.
     """
@@ -2803,11 +2803,11 @@ def process_ids(pid: int) -> tuple[int, ...]:
 # ---- Privileges -----------------------------------------------------------
 
 LOG_FLAGS = (os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY
-             | os.O_NOFOLLOW | os.O_NONBLOCK)   # waits for no pipe's reader
+             | os.O_NOFOLLOW | os.O_NONBLOCK)   # no wait for a pipe's reader
 
 
 def choose_ids(daemon: Any) -> tuple[str, int, int] | None:
-    """Choose the name, uid and gid to become; None to stay who we are."""
+    """Choose the name, uid and gid to become; None if they stay the same."""
     if os.geteuid() != 0:
         if daemon.chroot or (
                 daemon.user and daemon.user.uid != os.geteuid()) or (
@@ -2828,7 +2828,7 @@ def choose_ids(daemon: Any) -> tuple[str, int, int] | None:
 
 
 def lost_log(config: Any) -> str:
-    """Say that there will be no log, or ""."""
+    """Give a warning if there will be no log, else ""."""
     if config.log.to == "stderr" and config.daemon.daemonize:
         return ("the log will be lost: it goes to stderr, and there is none in"
                 " the background; write to = syslog, or a file")
@@ -2836,10 +2836,10 @@ def lost_log(config: Any) -> str:
 
 
 def unreadable_config(config: Any, ids: tuple[int, ...] = ()) -> str:
-    """Say why a reload could not read the config, or "".
+    """Give the reason why a reload could not read the config, or "".
 
-    It goes by owners and modes, for the uid and gid of the daemon: ids, or
-    those that it is going to have.
+    It checks owners and modes for the uid and gid of the daemon: ids, or
+    those that it will have.
     """
     if not ids:
         with contextlib.suppress(StartError):
@@ -2902,8 +2902,8 @@ def load_late_imports() -> None:
 def open_log_file(path: str, owner: tuple[int, int] | None) -> int:
     """Open a file or pipe to append to; create a file for its owner.
 
-    Clients choose a part of what is written: no user of this system may lead
-    root to write it into another file.
+    Clients choose a part of the text, so no user of this system may make
+    root write it into another file.
     """
     owners = {0, os.geteuid(), *(owner or ())[:1]}
     if os.geteuid() == 0:
@@ -2980,7 +2980,7 @@ def release_launcher(launcher: int, null: int) -> None:
 
 
 def open_terminal() -> int | None:
-    """Open the terminal; None if there is none, or its end is ignored."""
+    """Open the terminal; None if there is none, or SIGHUP is ignored."""
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         return None
     try:
@@ -2998,7 +2998,7 @@ class Notifier(socket.socket):
         super().__init__(socket.AF_UNIX, socket.SOCK_DGRAM)
 
     def find_systemd(self) -> None:
-        """Connect, if there is one.  Later a chroot may hide the path."""
+        """Connect, if it runs.  Later a chroot may hide the path."""
         path = os.environ.get("NOTIFY_SOCKET")
         period = os.environ.get("WATCHDOG_USEC", "")
         pid = str(os.getpid())
@@ -3010,7 +3010,7 @@ class Notifier(socket.socket):
                 self.period = int(period) / 2e6
 
     def report(self, *lines: str) -> None:
-        with contextlib.suppress(OSError):      # nobody is there
+        with contextlib.suppress(OSError):      # it is not there
             self.send("\n".join(lines).encode(), DONT_WAIT)
 
     def send_sign_of_life(self) -> float:
@@ -3062,7 +3062,7 @@ class Daemon:
             null = opened.enter_context(open(os.devnull, "r+b", 0))
             self.terminal = None if daemon.daemonize else open_terminal()
             self.give_up_rights(answers)
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)   # for later
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # kept pending
             launcher = daemonize() if daemon.daemonize else None
             if pidfile:
                 pidfile.write()
@@ -3114,14 +3114,14 @@ class Daemon:
             drop_privileges(*self.ids)
 
     def path(self, name: str) -> str:
-        """Give the absolute path of a file, as it is seen from a chroot."""
+        """Give the absolute path of a file, inside the chroot if any."""
         path = os.path.normpath(os.path.join(self.directory, name))
         if self.root and path.startswith(self.root + "/"):
             return path[len(self.root):]
         return path
 
     def open_log(self, config: Any) -> None:
-        """Open the log, again if it is a file; StartError if that fails."""
+        """Open the log; a file is opened again.  Raises StartError."""
         settings = types.SimpleNamespace(**vars(config.log))
         what = "open the log"
         if settings.to == "syslog":
@@ -3133,7 +3133,7 @@ class Daemon:
             self.log.open(settings, self.ids[1:] if self.ids else None)
 
     def report_ready(self, listeners: list[socket.socket]) -> None:
-        """Write the first lines of the log, and let systemd know."""
+        """Write the first lines of the log, and report to systemd."""
         event = self.log.event
         for (section, name), text in self.config.raw_values.items():
             event("debug", "setting", section=section, name=name, value=text)
@@ -3151,7 +3151,7 @@ class Daemon:
         self.keep_stats()
 
     def keep_stats(self) -> None:
-        """Count for the file of the config, if it names one."""
+        """Keep stats if the config names a file for them, else stop."""
         if not self.config.server.stats:
             self.server.stats = None
             self.server.chores.pop(self.write_stats, None)
@@ -3160,7 +3160,7 @@ class Daemon:
             self.server.chores[self.write_stats] = 0.0
 
     def write_stats(self) -> float:
-        """Write that file, and give the seconds until the next time."""
+        """Write the stats, and give the seconds until the next time."""
         server = self.server
         stats: Any = server.stats
         path = self.path(self.config.server.stats)
@@ -3183,14 +3183,14 @@ class Daemon:
                        queries=sum(self.server.outcomes.values()),
                        seconds=int(time.monotonic() - self.started))
         signal.set_wakeup_fd(-1)
-        # It is too late for more.  To ignore them would not do: Python
-        # complains of one that has come, but has no handler any more.
+        # Signals are blocked, not ignored: Python complains about one that
+        # has arrived, but has no handler any more.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
     # Signals.
 
     def watch_signals(self) -> None:
-        """Have signals noted and the loop woken: the loop acts on them."""
+        """Have signals noted, and the loop woken, which acts on them."""
         inbox = self.server.inbox
         inbox.actions = {
             signal.SIGTERM: functools.partial(self.stop, "SIGTERM"),
@@ -3199,7 +3199,7 @@ class Daemon:
         for number in SIGNALS:
             signal.signal(number, lambda number, _: inbox.signals.append(
                 number))
-        # A launcher may have left it ignored: then no program has a status.
+        # Our parent may have ignored it: then programs would have no status.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.set_wakeup_fd(inbox.waker.fileno(), warn_on_full_buffer=False)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -3212,7 +3212,7 @@ class Daemon:
     def hang_up(self) -> None:
         """Stop if the terminal that started us has gone, else reload.
 
-        /dev/tty could not be opened in a chroot, so this asks by a descriptor.
+        The terminal is open already: a chroot has no /dev/tty.
         """
         try:
             if self.terminal is not None:
@@ -3232,15 +3232,15 @@ class Daemon:
         self.notifier.report(
             "RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
-            with contextlib.suppress(StartError):   # it stays as it is
+            with contextlib.suppress(StartError):   # the old log stays
                 self.open_log(self.config)
             path = self.path(self.config.path)
-            # A pipe could have us wait.
+            # The open of a pipe could wait.
             if os.path.exists(path) and not os.path.isfile(path):
                 raise ConfigError(f"{path} is not a regular file")
             self.change_config(self.reader(path, old=self.config))
             self.reloads["ok"] += 1
-        except Exception as error:      # whatever it is, the old one serves
+        except Exception as error:      # whatever it is, keep the old config
             text = (reason(error) if isinstance(error, OSError)
                     else str(error) or repr(error))
             for line in text.splitlines():
@@ -3251,7 +3251,7 @@ class Daemon:
     def change_config(self, config: Any) -> None:
         """Use another config; StartError if its log cannot be opened."""
         answers = Answers(config, self.log)
-        config.path = self.config.path      # not as it is seen in a chroot
+        config.path = self.config.path      # its path outside the chroot
         self.log_unreloadable(config)
         self.open_log(config)
         fit_max_clients(config, self.log)
@@ -3262,7 +3262,7 @@ class Daemon:
         self.log.event("notice", "reloaded", config=config.path)
 
     def log_unreloadable(self, config: Any) -> None:
-        """Log what a reload cannot change, and keep it."""
+        """Log changes that a reload cannot make, and undo them."""
         for row in SETTINGS:
             key = section, name = row.section, row.name
             old, new = self.config.raw_values[key], config.raw_values[key]
