@@ -102,7 +102,7 @@ def format_traceback() -> str:
 
 # ---- Query ----------------------------------------------------------------
 
-RAW_SHARE = 4           # bytes, with telnet's, for each byte of max_query
+RAW_SHARE = 4           # bytes, with telnet's, per byte of max_query
 CONTROL = re.compile(rb"[\0-\x08\x0a-\x1f\x7f]|\xc2[\x80-\x9f]")  # not TAB
 PROXY_LINE = re.compile(rb"PROXY (TCP[46]|UNKNOWN)\b")     # see PROXY header
 
@@ -324,12 +324,12 @@ def to_wire(text: str) -> bytes:
 def join_replies(replies: list[Reply]) -> Reply:
     """Join the replies for several names."""
     outcomes = {reply.outcome for reply in replies}
-    worst = [outcome for outcome in ("failed", "answered", "unknown")
-             if outcome in outcomes]
+    ranked = [outcome for outcome in ("failed", "answered", "unknown")
+              if outcome in outcomes]
     names = dict.fromkeys(reply.backend for reply in replies
                           if reply.backend != "-")
     data = b"\r\n".join(reply.data for reply in replies)
-    return Reply(worst[0], data, ",".join(names) or "-")
+    return Reply(ranked[0], data, ",".join(names) or "-")
 
 
 def truncate(data: bytes, limit: int) -> bytes:
@@ -346,7 +346,7 @@ def truncate(data: bytes, limit: int) -> bytes:
 
 # ---- Backends -------------------------------------------------------------
 
-MAX_LISTED = 10_000     # users in one list: more than a reply ever holds
+MAX_LISTED = 10_000     # users in one list; it is cut after them
 
 
 class UsersBackend:
@@ -422,7 +422,7 @@ def load_backends() -> tuple[dict[str, Any], str]:
 def find_backend(name: str, sections: tuple[str, ...] = ()) -> Any:
     """Give the class for a name such as `web` or `web:staff`, or ValueError.
 
-    sections, with the name of a section: others that may have been meant.
+    For the name of a section, give others that a typing error may mean.
     """
     kind = name.partition(":")[0]
     classes, failure = (BACKENDS, "") if kind in BACKENDS else load_backends()
@@ -1072,7 +1072,7 @@ def network_of(host: str) -> str:
 
 
 FORMATS = {"text": format_text, "json": format_json}
-# What to write for the address of a client, where not all of it.
+# What to log instead of a client's address; None: all of it.
 HIDERS: dict[str, Callable[[str], str] | None] = {
     "full": None, "network": network_of, "none": lambda host: "-"}
 
@@ -1201,7 +1201,7 @@ class Log:
               sent: int, ms: int) -> None:
         """Write the line of a connection: bytes sent, milliseconds it took.
 
-        A port could give a hidden address away: it is 0 then.
+        If addresses are hidden, port is 0: it could identify the client.
         """
         if self.level > INFO:
             return
@@ -1793,7 +1793,7 @@ class FingerHandler(socketserver.StreamRequestHandler):
             self.host = plain_address(self.host)
             self.key = address_key(self.host)
         self.started = time.monotonic()
-        self.steps = self.handle()
+        self.steps = self.handle()      # the server runs it
 
     def fileno(self):
         return self.request.fileno()
@@ -1970,7 +1970,7 @@ class FingerHandler(socketserver.StreamRequestHandler):
 # ---- Waiting --------------------------------------------------------------
 
 TRACKED = 65536         # addresses whose rate is known; the oldest go first
-HOST_SHARE = 4          # an address gets one of so many threads
+HOST_SHARE = 4          # one address gets at most 1/4 of the threads
 FULL_LOG_INTERVAL = 10.0    # seconds between two lines "full"
 SO_ATTACH_FILTER = 26   # Linux: socket(7)
 DROP_SYN = (            # BPF for a TCP segment: drop it if it has SYN
@@ -2129,7 +2129,7 @@ class Door:
         self.paused = False
 
     def is_open(self, connections, limit, now):
-        """May clients be accepted?  Log it, now and then, when full."""
+        """May clients be accepted?  Log when full, and when no longer."""
         full = connections >= limit
         if self.full_logged and not full:
             self.full_logged = False
@@ -2243,7 +2243,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
         self.lookups = Lookups()
         self.door = Door(listeners, log)
         self.inbox = Inbox()
-        # What is due when; each gives the seconds until it is due again.
+        # When each is due; a call gives the seconds until it is due again.
         self.chores: dict[Callable[[], float], float] = {}
         self.ended = threading.Event()
         self.selector = selectors.DefaultSelector()
@@ -2333,7 +2333,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
     # From one wait of a handler to the next.
 
     def resume(self, handler, value=None):
-        """Run a handler to its next wait or end; throw in an exception."""
+        """Run a handler to its next wait or end; value may be an error."""
         try:
             if isinstance(value, Exception):
                 wait = handler.steps.throw(value)
@@ -2368,7 +2368,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
             self.start_lookups()
 
     def seconds_for(self, wait):
-        """Give a client's time to wait: a timeout for each wait."""
+        """Give the seconds that a client may wait."""
         if wait is LATER:
             return 0
         if self.stop_deadline < math.inf and wait in (READ, CLOSE):
@@ -2417,7 +2417,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
             else:
                 try:
                     super().process_request(handler, handler.client_address)
-                except RuntimeError as error:   # no thread to be had
+                except RuntimeError as error:   # no thread can be started
                     if self.lookups.threads:
                         return                  # until one of them is idle
                     self.log.event("error", "starved", reason=str(error))
@@ -2461,7 +2461,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
         self.answers = answers
         self.waiting.hurry(time.monotonic() + answers.limits.timeout + GRACE,
                            READ, ASK, WRITE, CLOSE)
-        self.start_lookups()            # it may allow more of them
+        self.start_lookups()            # max_threads may be higher now
 
     def stop(self) -> None:
         """Take no new clients; have serve_forever() end with the last one."""
@@ -2523,7 +2523,7 @@ LISTEN_HINTS = {
 
 
 class StartError(Exception):
-    """Why the daemon cannot start, for the terminal."""
+    """A failure to report on the terminal; the exit status is 1."""
 
 
 class AbsentAddress(StartError):
@@ -2578,7 +2578,7 @@ def open_listeners(names: Iterable[tuple[str, int]]) -> list[socket.socket]:
                     absent.append(error)
                     continue
                 listeners.append(opened.enter_context(listener))
-                port = listener.getsockname()[1]    # one for all of a name
+                port = listener.getsockname()[1]    # same for all of a name
             if len(absent) == len(found):
                 raise absent[0]
         opened.pop_all()
@@ -2671,7 +2671,7 @@ PIDFILE_WAIT = 5.0              # seconds for another start to write its pid
 
 
 def is_lone_file(info: os.stat_result) -> bool:
-    """Is it a regular file, and has no other name?"""
+    """Is it a regular file without another name?"""
     return stat.S_ISREG(info.st_mode) and info.st_nlink < 2
 
 
@@ -2782,7 +2782,7 @@ def lock_holder(fd: int) -> int:
 
     if sys.platform == "linux":
         kind, _, _, _, pid = ask("hhqqi0q", fcntl.F_WRLCK, 0, 0, 0, 0)
-    else:               # the BSDs and macOS; not all have the last number
+    else:               # the BSDs and macOS; some lack the last field
         _, _, pid, kind, _, _ = ask("qqihhi", 0, 0, 0, fcntl.F_WRLCK, 0, 0)
     if kind == fcntl.F_UNLCK:
         return 0
@@ -2792,7 +2792,7 @@ def lock_holder(fd: int) -> int:
 
 
 def process_ids(pid: int) -> tuple[int, ...]:
-    """Give uid and gid of a process, () where the system does not say."""
+    """Give the uid and gid of a process; () if the system does not say."""
     try:
         info = os.stat(f"/proc/{pid}")
     except OSError:
@@ -2844,7 +2844,7 @@ def unreadable_config(config: Any, ids: tuple[int, ...] = ()) -> str:
     if not ids:
         with contextlib.suppress(StartError):
             ids = (choose_ids(config.daemon) or ("",))[1:]
-    if not ids:         # it keeps ours, and we have read it
+    if not ids:         # the daemon keeps ours, and we have read the config
         return ""
     uid, gid = ids
     path = os.path.abspath(config.path)
@@ -2879,7 +2879,7 @@ def drop_privileges(name: str, uid: int, gid: int) -> None:
     if os.getgroups() != [gid] or os.getgid() != gid:
         raise StartError("groups of root remain")
     if sys.platform == "linux":     # programs get no more rights either
-        with contextlib.suppress(ImportError):  # some Pythons are without
+        with contextlib.suppress(ImportError):  # some Pythons lack it
             import ctypes
             ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)     # PR_SET_NO_NEW_PRIVS
 
@@ -2895,7 +2895,7 @@ def load_late_imports() -> None:
     except ValueError:
         format_traceback()      # has imports of its own
     with contextlib.suppress(ImportError, OSError):
-        import ctypes  # glibc ends threads with this, and aborts without
+        import ctypes  # glibc needs it to end a thread, or aborts
         ctypes.CDLL("libgcc_s.so.1")
 
 
@@ -3092,7 +3092,7 @@ class Daemon:
                 server.serve_one(sock)
             except OSError as error:
                 if error.errno not in (errno.ENOTCONN, errno.EINVAL):
-                    raise       # else it had left before it had an address
+                    raise       # else it left before we had its address
                 self.log.query("unknown", 0, b"", GONE, 0, 0)
 
     def give_up_rights(self, answers: Answers) -> None:
@@ -3674,7 +3674,7 @@ def complain(text: str, level: str = "error") -> None:
 def open_standard_streams() -> None:
     """Open /dev/null where there is no stdin, stdout or stderr.
 
-    Otherwise a socket could get such a number, and what is printed.
+    Otherwise a socket could get one of these numbers, and what is printed.
     """
     for fd in (0, 1, 2):
         try:
@@ -3697,7 +3697,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except StartError as error:
         complain(str(error).replace("\n", "\\n"))
-    except OSError as error:        # as when there are no descriptors
+    except OSError as error:        # for example, no descriptor is free
         complain(f"cannot go on: {reason(error)}")
     except KeyboardInterrupt:       # before there is anything to end cleanly
         pass
