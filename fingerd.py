@@ -659,7 +659,7 @@ CORE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("footer", "text", "", "text below each answer"),
         ("hostname", "hosts", "", "names of this host; empty: the system's"),
         ("allow", "networks", "", "networks that are answered; empty: all"),
-        ("deny", "networks", "", "networks that are not, even if allowed"),
+        ("deny", "networks", "", "networks that are refused, even if allowed"),
         ("proxy_from", "networks", "", "load balancers that speak PROXY"),
         ("stats", "path", "", "file for Prometheus; empty: none"),
     ),
@@ -687,7 +687,7 @@ CORE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("to", "log", "stderr", "stderr, syslog, or the path of a file",
          "-l", "--logfile"),
         ("format", "format", "text", "text or json"),
-        ("level", "level", "info", "least level: " + ", ".join(LEVELS)),
+        ("level", "level", "info", "lowest level: " + ", ".join(LEVELS)),
         ("facility", "facility", "daemon", "facility for syslog"),
         ("prefix", "word", "fingerd", "word before each line", "--prefix"),
         ("syslog_address", "syslog", "/dev/log", "its socket, or host:port"),
@@ -2172,7 +2172,7 @@ class Door:
         code = array.array("B", b"".join(struct.pack("HBBI", *instruction)
                                          for instruction in DROP_SYN))
         for listener in self.listeners:
-            if not listener.passed:     # else systemd listens on
+            if not listener.passed:     # on those systemd goes on listening
                 listener.setsockopt(
                     socket.SOL_SOCKET, SO_ATTACH_FILTER,
                     struct.pack("HP", len(DROP_SYN), code.buffer_info()[0]))
@@ -2221,7 +2221,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
     """
 
     stats: Stats | None = None
-    daemon_threads = True       # a hung backend does not keep us from ending
+    daemon_threads = True       # we can end while a backend hangs
     stop_deadline = math.inf    # of a stop that has begun
 
     def __init__(self, listeners: list[socket.socket], answers: Answers,
@@ -2261,7 +2261,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
                       *self.chores.values())
             for key, _ in self.selector.select(poll_timeout(due - now)):
                 key.data(key.fileobj)
-            if now >= due:      # only here: what has come is served first
+            if now >= due:      # checked last: what has come is served first
                 self.do_what_is_due(now)
         self.look_at_left(math.inf)
         for handler in self.waiting.overdue(math.inf):
