@@ -1607,7 +1607,10 @@ class RemoteBackend:
         """Give the server's answer; None if it says "no such user"."""
         deadline = time.monotonic() + timeout
         found = find_host(*self.address)
-        if client in [plain_address(info[4][0]) for info in found]:
+        hosts = {plain_address(info[4][0]) for info in found}
+        if any(host.startswith("127.") for host in hosts):
+            hosts.add("127.0.0.1")      # from there all of these are asked
+        if client in hosts:
             return None
         answer = fetch_finger(found, "/W " * verbose + user, self.max_output,
                               deadline)

@@ -6725,6 +6725,19 @@ class RemoteBackendTest(BackendCase):
             self.assertEqual(len([line for line in two.log() + server.log()
                                   if "query" in line]), 5)
 
+    @needs_more_addresses
+    def test_a_server_that_names_itself_is_no_circle(self):
+        port = free_port()      # Debian gives 127.0.1.1 for its own name
+        with serving("[server]\nbackend = users remote\n[limits]\n"
+                     "timeout = 0.5\n[remote]\n"
+                     f"host = 127.0.1.1:{port}\n" + USERS,
+                     listen=f"*:{port}") as server:
+            self.assertEqual(ask(("127.0.0.1", port), b"bob\r\n"), UNKNOWN)
+            with connect(("127.0.0.1", port), "127.0.0.3") as sock:
+                sock.sendall(b"bob\r\n")
+                self.assertEqual(read_all(sock), UNKNOWN)
+            server.wait_log("outcome=unknown", 3)
+
     def test_a_bad_host_is_a_config_error(self):
         for host, wrong in (
                 ("", "host: is empty; write e.g. host = two.example.org"),
