@@ -2257,7 +2257,8 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     def serve_forever(self, poll_interval: float = 0) -> None:
         """Serve until stop(), and then until the last client has left."""
-        while not self.is_done():
+        while self.door.listeners or (
+                self.hosts.total and time.monotonic() < self.stop_deadline):
             now = time.monotonic()
             self.watch_door(now)
             due = min(self.waiting.due, self.stop_deadline,
@@ -2276,13 +2277,8 @@ class FingerServer(socketserver.ThreadingTCPServer):
         self.process_request(sock, sock.getpeername())
         self.serve_forever()
 
-    def is_done(self):
-        """Has the last client left, and will no other come?"""
-        return not self.door.listeners and (
-            not self.hosts.total or time.monotonic() >= self.stop_deadline)
-
     def do_what_is_due(self, now):
-        later = self.waiting.handlers[LATER]
+        later = self.waiting.handlers[LATER]    # for others to leave
         self.look_at_left(math.inf if later else now)
         for handler in self.waiting.overdue(now):
             self.resume(handler,
@@ -2371,7 +2367,6 @@ class FingerServer(socketserver.ThreadingTCPServer):
             self.start_lookups()
 
     def seconds_for(self, wait):
-        """Give the seconds that a client may wait."""
         if wait is LATER:
             return 0
         if self.stop_deadline < math.inf and wait in (READ, CLOSE):
