@@ -713,7 +713,8 @@ class ReplyTest(unittest.TestCase):
                 ("\x85", b"\\x85\r\n"), ("\u202e", b"\\u202e\r\n"),
                 ("\u2066\u2069", b"\\u2066\\u2069\r\n"),
                 ("\u2028", b"\\u2028\r\n"), ("\x0b\x0c", b"^K^L\r\n"),
-                ("\udc9b", b"\\x9b\r\n"), ("\ud800", b"\\ud800\r\n"),
+                ("\udc80\udcff", b"\\x80\\xff\r\n"),
+                ("\ud800", b"\\ud800\r\n"),
                 ("j\u00fcrgen \u2603", "j\u00fcrgen \u2603\r\n".encode()),
                 ("\U0001f600", "\U0001f600\r\n".encode())]:
             with self.subTest(text=text):
