@@ -1274,7 +1274,7 @@ class Stats:
         self.queries: Any = collections.Counter()   # by outcome and backend
         self.buckets = [0] * (len(BUCKETS) + 1)
         self.seconds = 0.0
-        self.failing = False        # the last write has failed
+        self.failing = ""           # where the last write has failed
 
     def count(self, reply: Reply, seconds: float) -> None:
         self.queries[reply.outcome, reply.backend] += 1
@@ -3166,12 +3166,12 @@ class Daemon:
             replace_file(path, stats.text(
                 server.hosts.total, server.lookups.threads.total,
                 self.reloads))
-            stats.failing = False
+            stats.failing = ""
         except OSError as error:
-            if not stats.failing:
+            if stats.failing != path:
                 self.log.event("warning", "failed", stats=path,
                                reason=reason(error))
-            stats.failing = True
+            stats.failing = path
         return STATS_PERIOD
 
     def report_end(self) -> None:

@@ -3715,6 +3715,11 @@ class StatsTest(unittest.TestCase):
                 if times == 1:
                     path.parent.rename(path.parent.with_name("away"))
                     server.wait_log(failed, 2)
+            path.parent.rename(path.parent.with_name("away too"))
+            server.wait_log(failed, 3)
+            settings = server.server.answers.config.server
+            settings.stats = f"{path.parent}/g.prom"    # by a reload
+            server.wait_log("failed stats=.*g.prom reason=")
 
     def test_the_file_is_whole_at_any_time_and_all_may_read_it(self):
         with self.counting(USERS, period=0.001) as (server, path):
