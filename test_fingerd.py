@@ -7266,6 +7266,27 @@ DRIVERS = {name: words for name, words in DRIVERS.items()
            if importlib.util.find_spec(name.partition(".")[0])}
 
 
+RELAY = """\
+import asyncio, sys
+
+async def copy(reader, writer):
+    while data := await reader.read(4096):
+        writer.write(data)
+    writer.close()
+
+async def relay(reader, writer):
+    theirs = await asyncio.open_connection("127.0.0.1", int(sys.argv[1]))
+    await asyncio.gather(copy(reader, theirs[1]), copy(theirs[0], writer))
+
+async def serve():
+    server = await asyncio.start_server(relay, "127.0.0.1", 0)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+asyncio.run(serve())
+"""
+
+
 class Postgres:
     """A PostgreSQL server of the test's own, which may be killed."""
 
@@ -7345,9 +7366,9 @@ class PostgresTest(BackendCase):
                 "connect": DRIVERS[driver].format(self.postgres.port),
                 "query": "SELECT text FROM people WHERE name = %s", **options}
 
-    def daemon(self, driver, timeout=HANG):
+    def daemon(self, driver, timeout=HANG, **options):
         lines = [f"{name} = {value}" for name, value
-                 in self.options(driver).items()]
+                 in self.options(driver, **options).items()]
         return daemon("[server]\nbackend = users sql\n[limits]\ntimeout ="
                       f" {timeout}\n[sql]\n" + "\n".join(lines) + USERS)
 
@@ -7397,6 +7418,27 @@ class PostgresTest(BackendCase):
                 lock.communicate("ROLLBACK;\n", HANG)
                 wait_until(lambda server=server: ask(
                     server.address, b"carol\r\n") == b"I am Carol.\r\n",
+                    "an answer in its time")
+
+    def test_the_deadline_holds_while_the_network_is_gone(self):
+        known = b"I am Carol.\r\n"
+        for driver in DRIVERS:
+            with self.subTest(driver), contextlib.ExitStack() as stack:
+                relay = stack.enter_context(subprocess.Popen(
+                    [sys.executable, "-c", RELAY, str(self.postgres.port)],
+                    stdout=subprocess.PIPE, text=True))
+                stack.callback(relay.kill)
+                server = stack.enter_context(self.daemon(
+                    driver, 1, connect=DRIVERS[driver].format(
+                        relay.stdout.readline().strip())))
+                self.assertEqual(ask(server.address, b"carol\r\n"), known)
+                relay.send_signal(signal.SIGSTOP)
+                with self.takes(1, 1 + PROMPT):
+                    self.assertEqual(ask(server.address, b"carol\r\n"), FAILED)
+                self.assertEqual(ask(server.address, b"moshez\r\n"), HAPPY)
+                relay.send_signal(signal.SIGCONT)
+                wait_until(lambda server=server: ask(
+                    server.address, b"carol\r\n") == known,
                     "an answer in its time")
 
     def test_the_first_query_after_it_was_killed_is_answered(self):
