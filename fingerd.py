@@ -2325,9 +2325,13 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     def process_request(self, request, client_address):
         """Serve a new client until it has to wait."""
-        handler = FingerHandler(request, client_address, self)
+        handler = self.finish_request(request, client_address)
         self.hosts.add(handler.key)
         self.resume(handler)
+
+    def finish_request(self, request, client_address):
+        """Make the handler of a client; handle() has not begun."""
+        return self.RequestHandlerClass(request, client_address, self)
 
     # From one wait of a handler to the next.
 
