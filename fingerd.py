@@ -2331,7 +2331,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     def finish_request(self, request, client_address):
         """Make the handler of a client; handle() has not begun."""
-        return self.RequestHandlerClass(request, client_address, self)
+        return FingerHandler(request, client_address, self)
 
     # From one wait of a handler to the next.
 
