@@ -1592,6 +1592,8 @@ class RemoteBackend:
                              " two.example.org")
         self.address: tuple[str, int] = options["host"]
         self.max_output: int = options["max_output"]
+        # What is being asked, by line: when that is done, and the answer.
+        self.asked: dict[str, tuple[threading.Event, list[str]]] = {}
 
     def enter_chroot(self, path: str) -> None:
         try:
@@ -1612,14 +1614,33 @@ class RemoteBackend:
             hosts.add("127.0.0.1")      # from there all of these are asked
         if client in hosts:
             return None
-        answer = fetch_finger(found, "/W " * verbose + user, self.max_output,
-                              deadline)
+        answer = self.ask("/W " * verbose + user, found, deadline)
         said = answer.strip()
         if UNKNOWN.fullmatch(said) or not user and said == LIST_DENIED:
             return None
         if said in REFUSALS:
             raise OSError(f'it says "{said}"')
         return truncate(to_wire(answer), self.max_output)
+
+    def ask(self, line: str, found: Any, deadline: float) -> str:
+        """Ask, once for all that ask the same at the same time.
+
+        Servers in a circle would ask on, each with a deadline of its own.
+        """
+        first: tuple[threading.Event, list[str]] = threading.Event(), []
+        done, answers = self.asked.setdefault(line, first)
+        if done is first[0]:
+            try:
+                answers.append(fetch_finger(found, line, self.max_output,
+                                            deadline))
+            finally:
+                del self.asked[line]
+                done.set()
+        else:
+            done.wait(seconds_left(deadline))
+        if not answers:
+            raise TimeoutError("the same was asked before, and got no answer")
+        return answers[0]
 
     def user_list(self, verbose: bool, client: str,
                   timeout: float) -> bytes | None:

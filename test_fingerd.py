@@ -6731,6 +6731,51 @@ class RemoteBackendTest(BackendCase):
             self.assertEqual(len([line for line in two.log() + server.log()
                                   if "query" in line]), 5)
 
+    def test_asks_once_for_all_that_ask_the_same_at_the_same_time(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            backend = self.make(fingerd.RemoteBackend,
+                                host=listener.getsockname())
+            for said, expected in ((b"here\r\n", {b"here\r\n"}),
+                                   (b"", {"failed"})):
+                answers: list[Any] = []
+
+                def look_up():
+                    try:
+                        answers.append(backend.lookup("x", False, CLIENT,
+                                                      HANG))
+                    except OSError:
+                        answers.append("failed")
+                threads = [threading.Thread(target=look_up) for _ in range(2)]
+                threads[0].start()
+                listener.settimeout(HANG)
+                with listener.accept()[0] as sock:
+                    threads[1].start()
+                    listener.settimeout(0.1)
+                    with self.assertRaises(socket.timeout):
+                        listener.accept()
+                    sock.recv(1000)
+                    sock.sendall(said)
+                    if not said:
+                        reset(sock)
+                for thread in threads:
+                    thread.join(HANG)
+                self.assertEqual((len(answers), set(answers)), (2, expected))
+                self.assertFalse(backend.asked)
+
+    @unittest.skipUnless(has_ipv6(), "this system has no ::1")
+    def test_a_circle_ends_with_the_first_deadline(self):
+        port = free_port()
+        text = ("[server]\nbackend = users remote\n[limits]\ntimeout = 0.3\n"
+                "[remote]\nhost = {}:{}\n" + USERS)
+        # Each asks from another address than the one by which it is asked.
+        with daemon(text.format("[::1]", port)) as two, serving(
+                text.format(*two.address), listen=f"[::1]:{port}") as one:
+            self.assertEqual(one.ask(b"bob\r\n"), FAILED)
+            one.wait_log("query", 2)
+            two.wait_log("query client=127.0.0.1 ")
+            wait_until(lambda: not one.server.lookups.threads, "the end")
+            self.assertEqual(sum("query" in line for line in one.log()), 2)
+
     @needs_more_addresses
     def test_a_server_that_names_itself_is_no_circle(self):
         port = free_port()      # Debian gives 127.0.1.1 for its own name
