@@ -2299,11 +2299,13 @@ class FingerServer(socketserver.ThreadingTCPServer):
         self.serve_forever()
 
     def do_what_is_due(self, now):
-        later = self.waiting.handlers[LATER]    # for others to leave
-        self.look_at_left(math.inf if later else now)
+        self.look_at_left(now)
         for handler in self.waiting.overdue(now):
-            self.resume(handler,
-                        None if handler.wait is LATER else Deadline())
+            if handler.wait is LATER:
+                self.look_at_left(math.inf)     # some may have closed
+                self.resume(handler)
+            else:
+                self.resume(handler, Deadline())
         self.start_lookups()        # late threads give their places away
         for chore, due in list(self.chores.items()):
             if now >= due:

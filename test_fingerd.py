@@ -2532,6 +2532,14 @@ class LimitsTest(ServerCase):
                 if limit == 1:
                     held_open.close()
 
+    def test_an_address_is_not_refused_for_those_that_have_closed(self):
+        server = self.serve("[limits]\nmax_clients_per_host = 1\n" + USERS)
+        for data in (b"", b"mos", b"moshez\r\n"):
+            for _ in range(20):
+                for _ in range(3):
+                    server.connect(data).close()
+                self.assertEqual(server.ask(b"moshez\r\n"), HAPPY, data)
+
     @needs_more_addresses
     def test_who_is_refused_takes_no_place_from_others(self):
         server = self.serve("[limits]\nmax_clients = 20\n"
