@@ -2469,7 +2469,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
         """Act on signals; resume the clients that threads have answered."""
         with contextlib.suppress(BlockingIOError):
             woken.recv(READ_SIZE)
-        while self.inbox.signals:
+        for _ in range(len(self.inbox.signals)):    # more may come meanwhile
             self.inbox.actions.get(self.inbox.signals.popleft(), self.stop)()
         while self.inbox.replies:
             handler, reply = self.inbox.replies.popleft()
