@@ -2211,7 +2211,7 @@ class Inbox:
     """What signals and threads leave for the loop, and how they wake it."""
 
     def __init__(self):
-        self.signals: Any = collections.deque()     # numbers
+        self.signals: set[int] = set()          # that came, each once
         self.actions: dict[int, Callable[[], None]] = {}    # default: stop
         self.replies: Any = collections.deque()     # (handler, reply)
         self.woken, self.waker = socket.socketpair()
@@ -2470,7 +2470,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
         with contextlib.suppress(BlockingIOError):
             woken.recv(READ_SIZE)
         for _ in range(len(self.inbox.signals)):    # more may come meanwhile
-            self.inbox.actions.get(self.inbox.signals.popleft(), self.stop)()
+            self.inbox.actions.get(self.inbox.signals.pop(), self.stop)()
         while self.inbox.replies:
             handler, reply = self.inbox.replies.popleft()
             if handler.wait is ASK:         # else its time was over
@@ -2513,7 +2513,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     def shutdown(self) -> None:
         """Stop from another thread, and wait for the end."""
-        self.inbox.signals.append(signal.SIGTERM)
+        self.inbox.signals.add(signal.SIGTERM)
         self.inbox.wake()
         self.ended.wait()
 
@@ -3222,7 +3222,7 @@ class Daemon:
             signal.SIGINT: functools.partial(self.stop, "SIGINT"),
             signal.SIGHUP: self.hang_up, signal.SIGUSR1: self.log_counters}
         for number in SIGNALS:
-            signal.signal(number, lambda number, _: inbox.signals.append(
+            signal.signal(number, lambda number, _: inbox.signals.add(
                 number))
         # Our parent may have ignored it: then programs would have no status.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

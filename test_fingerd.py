@@ -1809,13 +1809,33 @@ class BackendsTest(ServerCase):
         site = fingerd.Answers(config, server.server.log)
         server.server.inbox.actions[99] = functools.partial(
             server.server.change_answers, site)
-        server.server.inbox.signals.append(99)
+        server.server.inbox.signals.add(99)
         server.server.inbox.wake()
         self.assertTrue(backend.entered.acquire(timeout=HANG))
         backend.release.set()
         self.assertEqual(read_all(two), b"held carol\r\n")
 
     @mock.patch.object(fingerd, "LAST_CALL", 0)
+    def test_signals_that_come_while_the_loop_is_busy_are_one(self):
+        server = self.serve()
+        came, seen = threading.Event(), []
+
+        def act():
+            came.set()
+            if not seen:
+                for _ in range(20):     # as 20 SIGHUP during one reload
+                    server.server.inbox.signals.add(99)
+                server.server.inbox.wake()
+            seen.append(99)
+
+        server.server.inbox.actions[99] = act
+        server.server.inbox.signals.add(99)
+        server.server.inbox.wake()
+        self.assertTrue(came.wait(HANG))
+        for _ in range(2):
+            self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+        self.assertEqual(len(seen), 2)
+
     def test_a_stop_ends_with_the_last_client_of_a_full_server(self):
         backend, server = self.serve_held(
             "[limits]\nmax_clients = 1\n" + USERS)
@@ -1823,7 +1843,7 @@ class BackendsTest(ServerCase):
         sock.shutdown(socket.SHUT_WR)
         self.assertTrue(backend.entered.acquire(timeout=HANG))
         queued = [self.send(server, b"moshez") for _ in range(3)]
-        server.server.inbox.signals.append(signal.SIGTERM)
+        server.server.inbox.signals.add(signal.SIGTERM)
         server.server.inbox.wake()
         wait_until(lambda: server.server.stop_deadline < math.inf,
                    "the stop")
