@@ -1818,7 +1818,8 @@ class BackendsTest(ServerCase):
     @mock.patch.object(fingerd, "LAST_CALL", 0)
     def test_signals_that_come_while_the_loop_is_busy_are_one(self):
         server = self.serve()
-        came, seen = threading.Event(), []
+        came = threading.Event()
+        seen: list[int] = []
 
         def act():
             came.set()
