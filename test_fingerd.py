@@ -1184,21 +1184,14 @@ class ExampleTest(unittest.TestCase):
             self.assertEqual(ask(program.address, b"moshez\r\n"),
                              b"Happy and well\r\n")
             self.assertEqual(program.stop(signal.SIGINT), 0)
-        commands = re.findall(r"\$ python3 fingerd\.py (.*(?:\\\n.*)?)\n",
-                              readme)
-        ran = 0
+        commands = re.findall(
+            r"\$ python3 fingerd\.py (.*--(?:query|check).*)\n", readme)
+        self.assertEqual(len(commands), 2)
         for command in commands:
-            if "--query" in command or "--check" in command:
-                status, out, err = run_fingerd(
-                    *re.findall(r"'[^']*'|\S+", command.replace("\\\n", " ")
-                                .replace("'", "")) if "'" not in command
-                    else ["--config", "fingerd.conf.example", "--query",
-                          "/W moshez", "--from", "192.0.2.7"], cwd=HERE)
-                self.assertEqual((status, err), (0, ""), command)
-                self.assertIn(out, ("Happy and well\n",
-                                    "fingerd.conf.example is good\n"))
-                ran += 1
-        self.assertEqual(ran, 3)
+            status, out, err = run_fingerd(*shlex.split(command), cwd=HERE)
+            self.assertEqual((status, err), (0, ""), command)
+            self.assertIn(out, ("Happy and well\n",
+                                "fingerd.conf.example is good\n"))
 
     def recipe(self, name):
         """Give a config of the README, the one after a word or two."""
@@ -8215,21 +8208,20 @@ class FleetTest(unittest.TestCase):
 
     def start_haproxy(self, text, addresses):
         """Run it in front of these addresses; give its own."""
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
         servers = iter(addresses)
         text = re.sub(r"192\.0\.2\.1[123]:79",
                       lambda match: "{}:{}".format(*next(servers)), text)
-        path = self.stack.enter_context(config_file(
-            text.replace("*:79", f"127.0.0.1:{port}")))
-        with open(path + ".log", "w") as log:
-            process = subprocess.Popen(
-                ["haproxy", "-db", "-f", path], stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            path = self.stack.enter_context(config_file(
+                text.replace("*:79", f"fd@{listener.fileno()}")))
+            with open(path + ".log", "w") as log:
+                process = subprocess.Popen(
+                    ["haproxy", "-db", "-f", path], stdin=subprocess.DEVNULL,
+                    stdout=log, stderr=log, pass_fds=[listener.fileno()])
+            address = listener.getsockname()
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
 
-        address = "127.0.0.1", port
         wait_until(lambda: process.poll() is not None or self.ask_from(
             "127.0.0.1", address, b"ping\r\n").reply, "HAProxy")
         self.assertIsNone(process.poll(),
@@ -8322,7 +8314,7 @@ class FleetTest(unittest.TestCase):
             text + "[limits]\nqueries_per_minute = 1\n", "127.0.0.11")
         address = self.start_haproxy(
             re.sub(".*(two|three).*", "", self.readme("listen finger"))
-            .replace(" check ", " check inter 20 "), [program.address])
+            .replace(" check ", " check inter 20 fall 99 "), [program.address])
         program.wait_log('client=127.0.0.1 .*q="ping" outcome=answered', 3)
         for host, reply in (
                 ("127.0.0.21", HAPPY), ("127.0.0.22", b"Access denied\r\n"),
