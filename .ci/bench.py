@@ -863,7 +863,7 @@ class Bench:
     def measure_fleet(self, stack: contextlib.ExitStack, kind: str,
                       count: int) -> None:
         balanced = "proxy_from = 127.0.0.0/8" if count else ""
-        peer = fingerd_peer(self.temp, "fleet", threads=16,
+        peer = fingerd_peer(self.temp, "fleet", threads=4,
                             more=FLEETS[kind] + balanced)
         daemons = [stack.enter_context(Running(peer, self.cores))
                    for _ in range(count or 1)]
@@ -970,8 +970,8 @@ def print_fleets(bench: Bench, rounds: int) -> None:
                   bench.show(kind, f"balancer {count}") if count else "-",
                   bench.show(kind, f"p99 {count}", 2)))
     print("daemon, balancer: microseconds of CPU time for a query.  waiting:"
-          " a program\nthat takes 0.1 s, 4 at a time in each daemon, as all"
-          " ask from one address.\nAll share the cores.")
+          " a program\nthat takes 0.1 s, at most 4 of them at a time in each"
+          " daemon.  All share\nthe cores.")
 
 
 def hold_many_clients() -> None:
