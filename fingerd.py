@@ -2324,7 +2324,10 @@ class FingerServer(socketserver.ThreadingTCPServer):
                         self.accept_clients if is_open else None)
 
     def accept_clients(self, listener, most=0):
-        """Accept as many as came at a time lately, up to max_clients."""
+        """Accept as many as came at a time lately, up to max_clients.
+
+        Gives True if no more are in the kernel's queue.
+        """
         door = self.door
         room = self.answers.limits.max_clients - self.hosts.total
         for _ in range(min(room, most or int(door.accepts))):
@@ -2333,14 +2336,15 @@ class FingerServer(socketserver.ThreadingTCPServer):
             except BlockingIOError:
                 door.accepts = max(1.0, door.accepts * FEWER_ACCEPTS)
                 door.starved_logged = False
-                return
+                return True
             except OSError as error:
                 if door.pause(error, self.hosts.total):
                     self.chores[self.end_pause] = time.monotonic() + PAUSE
-                    return
+                    return False
                 continue        # this one has left already: see accept(2)
             self.process_request(request, client_address)
         door.accepts = min(door.accepts * MORE_ACCEPTS, ACCEPTS)
+        return False
 
     def end_pause(self):
         self.door.paused = False
@@ -2502,11 +2506,10 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     def close_door(self):
         """Accept the clients in the queue; close the listening sockets."""
-        for listener in self.door.listeners:
-            self.accept_clients(listener, BACKLOG)
-        if self.hosts.total >= self.answers.limits.max_clients and (
-                time.monotonic() < self.stop_deadline):
-            return LAST_CALL        # others may wait for room
+        empty = [self.accept_clients(listener, BACKLOG)
+                 for listener in self.door.listeners]
+        if not all(empty) and time.monotonic() < self.stop_deadline:
+            return LAST_CALL        # they wait for room, or for a descriptor
         self.door.watch(self.selector, None)
         self.door.close()
         return math.inf

@@ -2630,6 +2630,27 @@ class LimitsTest(ServerCase):
         in_threads([load] * 8 + [stop])
         self.assertEqual(lost, [])
 
+    def test_a_stop_accepts_all_that_have_connected(self):
+        listener, = fingerd.open_listeners([("127.0.0.1", 0)])
+        log = fingerd.Log()
+        answers = fingerd.Answers(
+            read_config("[limits]\nmax_clients = 2\n" + USERS), log)
+        with fingerd.FingerServer([listener], answers, log) as server:
+            for _ in range(3):      # these end as soon as they are accepted
+                with connect(listener.getsockname()) as sock:
+                    reset(sock)
+            client = self.enter(connect(listener.getsockname()))
+            client.sendall(b"moshez\r\n")
+            with mock.patch.object(log, "event"), mock.patch.object(
+                    fingerd.Listener, "accept",
+                    side_effect=OSError(errno.EMFILE, "out of them")):
+                self.assertEqual(server.close_door(), fingerd.LAST_CALL)
+            with mock.patch.object(log, "query"):
+                self.assertEqual(server.close_door(), fingerd.LAST_CALL)
+                self.assertEqual(server.close_door(), fingerd.LAST_CALL)
+                self.assertEqual(server.close_door(), math.inf)
+            self.assertEqual(client.recv(100), HAPPY)
+
     def test_a_stop_leaves_little_time_to_those_who_do_not_ask_or_close(self):
         log = fingerd.Log()
         ours, theirs = socket.socketpair()
