@@ -82,7 +82,6 @@ MAX_PORT = 65535
 READ_SIZE = 4096        # bytes asked for at once
 DONT_WAIT = int(socket.MSG_DONTWAIT)    # int(): an enum's | costs 2 us
 PEEK = int(socket.MSG_PEEK)
-CONFIG_FILES = ("fingerd.conf", "/etc/fingerd.conf")
 
 
 def reason(error: OSError) -> str:
@@ -797,7 +796,8 @@ def read_text(path: str) -> str:
             return file.read()
     except OSError as error:
         raise ConfigError(f"cannot read the config: {reason(error)};"
-                          " name another with --config") from None
+                          " name another with --config, or copy"
+                          " fingerd.conf.example") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: is not UTF-8; convert the file,"
@@ -3318,33 +3318,15 @@ DEFAULT_TIMEOUT = 60.0          # seconds, for --stop with a bad config
 STOP_WAIT = 5.0                 # seconds that --stop adds to the timeout
 
 
-def find_config(path: str | None) -> str:
-    """Give the path of the config: this one, or else one that exists."""
-    if path is not None:
-        return path
-    for known in CONFIG_FILES:
-        if os.path.exists(known):
-            info = os.stat(known)
-            if os.geteuid() == 0 and (info.st_uid or info.st_mode & 0o022):
-                raise ConfigError(f"{known} can be written by others than"
-                                  " root; name it with --config if you trust"
-                                  " it")
-            return known
-    raise ConfigError(f"neither {' nor '.join(CONFIG_FILES)} exists; copy"
-                      " fingerd.conf.example to one of them, or name a file"
-                      " with --config")
-
-
 def check_and_start(args: Any, log: Log, reader: Callable[..., Any]) -> None:
     """Print warnings and start the daemon; with --check, do not start it."""
-    path = find_config(args.config)
-    config = reader(path)
+    config = reader(args.config)
     for warning in [*config.warnings, *find_useless(config, args.inetd),
                     lost_log(config), unreadable_config(config)]:
         if warning:
             complain(warning, "warning")
     if args.check:
-        say(to_wire(f"{path} is good").replace(b"\r", b""))
+        say(to_wire(f"{config.path} is good").replace(b"\r", b""))
         return
     close_inherited()
     Daemon(config, log, reader).start_and_serve()
@@ -3384,7 +3366,7 @@ def close_inherited() -> None:
 def print_reply(args: Any, log: Log, reader: Callable[..., Any]) -> int:
     """Print what a client would get for a line; 1 if a backend failed."""
     import ipaddress  # not needed to serve
-    config = reader(find_config(args.config))
+    config = reader(args.config)
     client = plain_address(
         "127.0.0.1" if args.address is None else args.address)
     try:
@@ -3425,7 +3407,7 @@ def control(args: Any, reader: Callable[..., Any]) -> int:
     """
     errors = ""
     try:
-        config = reader(find_config(args.config))
+        config = reader(args.config)
     except ConfigError as error:
         config, errors = error.config, str(error)
     pidfile = args.pidfile or (config.daemon.pidfile if config else "")
@@ -3496,7 +3478,7 @@ def serve_inetd(args: Any, log: Log, reader: Callable[..., Any]) -> None:
     """Serve the connection that inetd(8) has accepted."""
     sock = take_inetd_socket()
     try:
-        config = reader(find_config(args.config))
+        config = reader(args.config)
         close_inherited()
         Daemon(config, log, reader).serve_inetd(sock)
     except (ConfigError, StartError) as error:
@@ -3574,9 +3556,10 @@ def write_bundle(path: str) -> None:
 
 # ---- Command line ---------------------------------------------------------
 
+CONFIG = "/etc/fingerd.conf"
 # Options with a value: flags, attribute, the value's name in --help, help.
 OPTIONS = (
-    (("--config",), "config", "FILE", "config; " + " or ".join(CONFIG_FILES)),
+    (("--config",), "config", "FILE", f"config; default {CONFIG}"),
     *((row.flags, row.name, "VALUE", row.help)
       for row in SETTINGS if row.flags),
     (("--query",), "query", "LINE", "print what a client would get"),
@@ -3616,6 +3599,7 @@ def make_parser() -> Parser:
     for flags, name, const, text in SWITCHES:
         parser.add_argument(*flags, dest=name, action="store_const",
                             const=const, help=text)
+    parser.set_defaults(config=CONFIG)
     return parser
 
 
