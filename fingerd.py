@@ -3525,33 +3525,24 @@ def refuse_for_inetd(sock: socket.socket, log: Log, error: Exception) -> None:
 
 
 def write_bundle(path: str) -> None:
-    """Write a zipapp of both files that anybody may run.
-
-    It holds them compiled, too, for a quicker start on the same Python.
-    """
-    import compileall
-    import pathlib
-    import py_compile
-    import tempfile
-    import zipapp
+    """Write both files as one program (a zip archive: see zipapp)."""
+    import zipfile
     _, failure = load_backends()
     if failure:
         raise ConfigError(f"--bundle: {failure}")
-    with attempt("write the bundle"), \
-            tempfile.TemporaryDirectory() as folder:
-        for name, module in [("fingerd", __name__),
-                             ("fingerd_backends", "fingerd_backends")]:
-            loader: Any = sys.modules[module].__loader__
-            pathlib.Path(folder, f"{name}.py").write_text(
-                loader.get_source(module), "utf-8")
-        compileall.compile_dir(
-            folder, ddir="", quiet=2, legacy=True, invalidation_mode=(
-                py_compile.PycInvalidationMode.UNCHECKED_HASH))
-        with open(path, "wb") as bundle:    # may be the file that we run from
-            zipapp.create_archive(folder, bundle, "/usr/bin/env python3",
-                                  "fingerd:run", compressed=True)
-            if stat.S_ISREG(os.fstat(bundle.fileno()).st_mode):
-                os.fchmod(bundle.fileno(), 0o755)
+    files = {"__main__.py": "import fingerd\nfingerd.run()\n"}
+    for name, module in [("fingerd", __name__),
+                         ("fingerd_backends", "fingerd_backends")]:
+        loader: Any = sys.modules[module].__loader__
+        files[f"{name}.py"] = loader.get_source(module)
+    # Only now: it may be the file that we run from.
+    with attempt("write the bundle"), open(path, "wb") as bundle:
+        bundle.write(b"#!/usr/bin/env python3\n")
+        with zipfile.ZipFile(bundle, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, text in files.items():
+                archive.writestr(name, text)
+        if stat.S_ISREG(os.fstat(bundle.fileno()).st_mode):
+            os.fchmod(bundle.fileno(), 0o755)
 
 
 # ---- Command line ---------------------------------------------------------

@@ -4451,73 +4451,31 @@ class ServiceManagerTest(unittest.TestCase):
                     process.terminate()
 
 
-class BundleTest(unittest.TestCase):
+class BundleTest(Case):
     def setUp(self):
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.directory = directory.name
+        self.directory = self.enter(tempfile.TemporaryDirectory())
         self.path = os.path.join(self.directory, "fingerd")
 
-    def run_file(self, path, *args):
-        """Run a copy of the program where it is."""
-        return run_fingerd(*args, command=[sys.executable, path],
-                           cwd=self.directory)
-
     def test_one_file_has_every_backend_and_the_right_statuses(self):
-        self.assertEqual(run_fingerd("--bundle", self.path), (0, "", ""))
-        self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o755)
-        with open(self.path, "rb") as file:
-            self.assertEqual(file.readline(), b"#!/usr/bin/env python3\n")
-        write_file(self.directory, "fingerd.conf",
-                   "[server]\nbackend = users finger web\n[finger]\ncommand ="
-                   " /bin/echo for {user}\n[web]\nurl = http://127.0.0.1:1/"
-                   "{user}\n" + USERS)
-        again = shutil.copy(self.path, os.path.join(self.directory, "again"))
-        self.assertEqual(self.run_file(again, "--bundle", again)[:2], (0, ""))
-        for args, status, out in [
-                (["--query", "moshez"], 0, "Happy and well\n"),
-                (["--query", "x"], 0, "for x\n"),
-                (["--nonsense"], 2, ""),
-                (["--listen", "192.0.2.1:1"], 1, "")]:
-            self.assertEqual(self.run_file(self.path, *args)[:2],
-                             (status, out))
-        with zipfile.ZipFile(self.path) as one, zipfile.ZipFile(again) as two:
-            for bundle in (one, two):
-                self.assertEqual(
-                    sorted(bundle.namelist()),
-                    ["__main__.py", "fingerd.py", "fingerd.pyc",
-                     "fingerd_backends.py", "fingerd_backends.pyc"])
-            for name in ("fingerd.py", "fingerd_backends.py"):
-                self.assertEqual(one.read(name), two.read(name))
-
-    def test_takes_the_compiled_code_if_it_is_of_this_python(self):
-        self.assertEqual(run_fingerd("--bundle", self.path), (0, "", ""))
-        with zipfile.ZipFile(self.path) as bundle:
-            files = {name: bundle.read(name) for name in bundle.namelist()}
-        code = files["fingerd.pyc"]
-        for name, data in [("fingerd.py", b"raise SystemExit(9)"),
-                           ("fingerd.pyc", b"\0\0\r\n" + code[4:])]:
-            with zipfile.ZipFile(self.path, "w") as bundle:
-                for other, content in {**files, name: data}.items():
-                    bundle.writestr(other, content)
-            self.assertEqual(
-                self.run_file(self.path, "--version"),
-                (0, f"fingerd {fingerd.__version__}\n", ""), name)
-
-    def test_a_renamed_copy_can_be_bundled(self):
-        copy = os.path.join(self.directory, "finger-daemon")
-        shutil.copy(PROGRAM, copy)
+        renamed = shutil.copy(PROGRAM, os.path.join(self.directory, "daemon"))
         shutil.copy(HERE / "fingerd_backends.py", self.directory)
-        self.assertEqual(self.run_file(copy, "--bundle", "out"), (0, "", ""))
-        with zipfile.ZipFile(os.path.join(self.directory, "out")) as bundle:
-            self.assertEqual(bundle.read("fingerd.py"), PROGRAM.read_bytes())
-
-    def test_needs_both_files_of_one_release(self):
-        shutil.copy(PROGRAM, self.directory)
-        self.assertEqual(self.run_file("fingerd.py", "--bundle", "out"), (
-            2, "", "fingerd: --bundle: needs fingerd_backends.py, which is"
-                   " not beside fingerd.py; copy it there too\n"))
-        self.assertEqual(os.listdir(self.directory), ["fingerd.py"])
+        config = write_file(self.directory, "config", "[server]\nbackend = web"
+                            "\n[web]\nprefix = http://127.0.0.1:1/\n")
+        for path, args, status, out in [
+                (renamed, ["--bundle", self.path], 0, ""),
+                (self.path, ["--bundle", self.path], 0, ""),    # over itself
+                (self.path, ["--config", config, "--query", "moshez"], 1,
+                 "Internal error in server\n")]:
+            self.assertEqual(run_fingerd(*args, command=[
+                sys.executable, path])[:2], (status, out))
+        self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o755)
+        with open(self.path, "rb") as file, zipfile.ZipFile(file) as bundle:
+            self.assertEqual(sorted(bundle.namelist()), [
+                "__main__.py", "fingerd.py", "fingerd_backends.py"])
+            for name in ("fingerd.py", "fingerd_backends.py"):
+                self.assertEqual(bundle.read(name), (HERE / name).read_bytes())
+            file.seek(0)
+            self.assertEqual(file.readline(), b"#!/usr/bin/env python3\n")
 
     def test_changes_the_mode_of_nothing_but_a_file(self):
         """As root, --bundle /dev/null must not make that unwritable."""
@@ -4528,13 +4486,8 @@ class BundleTest(unittest.TestCase):
             self.assertEqual(run_fingerd("--bundle", fifo), (0, "", ""))
             self.assertEqual(cat.wait(HANG), 0)
         self.assertEqual(os.stat(fifo).st_mode & 0o777, 0o600)
-        self.assertEqual(self.run_file(self.path, "--version"),
-                         (0, f"fingerd {fingerd.__version__}\n", ""))
-
-    def test_says_why_it_cannot_write(self):
-        self.assertEqual(run_fingerd("--bundle", str(HERE)), (
-            1, "", f"fingerd: cannot write the bundle: is a directory:"
-                   f" {HERE}\n"))
+        with zipfile.ZipFile(self.path) as bundle:
+            self.assertIsNone(bundle.testzip())
 
 
 def refused(address):
@@ -4773,63 +4726,69 @@ class CommandLineTest(unittest.TestCase):
 
 
 class LoneCopyTest(unittest.TestCase):
-    """fingerd.py alone in an empty directory."""
-
-    def setUp(self):
-        context = installed()
-        self.program = context.__enter__()
-        self.addCleanup(context.__exit__, None, None, None)
-        self.directory = self.program.directory
-        shutil.copy(PROGRAM, self.directory)
-        self.command = {"command": [sys.executable, "fingerd.py", "--config",
-                                    "fingerd.conf"], "cwd": self.directory}
+    """fingerd.py without fingerd_backends.py."""
 
     def test_serves_the_users(self):
-        self.program.serve(**self.command)
-        self.assertEqual(ask(self.program.address, b"moshez\r\n"), HAPPY)
-        self.assertEqual(self.program.stop(), 0)
-        self.assertEqual(run_fingerd("--help", **self.command)[0], 0)
-        self.assertEqual(sorted(os.listdir(self.directory)),
-                         ["fingerd.conf", "fingerd.py", "log"])
+        with installed() as program:
+            shutil.copy(PROGRAM, program.directory)
+            options = {"command": [sys.executable, "fingerd.py"],
+                       "cwd": program.directory}
+            program.serve("--config", "fingerd.conf", **options)
+            self.assertEqual(
+                run_fingerd("--bundle", "out", **options),
+                (2, "", "fingerd: --bundle: needs fingerd_backends.py, which"
+                        " is not beside fingerd.py; copy it there too\n"))
+            self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+            self.assertEqual(program.stop(), 0)
+            self.assertEqual(sorted(os.listdir(program.directory)),
+                             ["fingerd.conf", "fingerd.py", "log"])
 
     def test_says_what_it_needs_the_other_file_for(self):
-        version = fingerd.__version__
-        backends = (HERE / "fingerd_backends.py").read_text()
+        absent = functools.partial(sys.modules.update, fingerd_backends=None)
+        other = functools.partial(setattr, fingerd_backends, "__version__",
+                                  "0.9")
+
+        def broken():
+            del sys.modules["fingerd_backends"]
+            sys.path.insert(0, os.path.dirname(path))
+            write_file(sys.path[0], "fingerd_backends.py",
+                       "import no_such_module_79\n")
+
+        missing = ("needs fingerd_backends.py, which is not beside fingerd.py;"
+                   " copy it there too")
         why = ("needs fingerd_backends.py, which cannot be imported (No"
                " module named 'no_such_module_79'); restart once it can")
-        absent = ("needs fingerd_backends.py, which is not beside fingerd.py;"
-                  " copy it there too")
-        for text, other, errors in [
-                ("[server]\nbackend = users web\n[web]\n"
-                 "prefix = http://example.org/~\n", None,
-                 [f'2: backend: "web" {absent}, or write backend = users']),
-                ("[server]\nbackend = usres\n", None,
+        for state, text, errors in [
+                (absent, "[server]\nbackend = users web\n[web]\n"
+                 "prefix = http://example.org/~\n",
+                 [f'2: backend: "web" {missing}, or write backend = users']),
+                (absent, "[server]\nbackend = usres\n",
                  ['2: backend: "usres" is not a backend; did you mean users?'
                   ]),
-                ("[web]\ncache = 1\n[servers]\n[limit]\n", None,
-                 [f"1: [web]: {absent}, or remove the section",
+                (absent, "[web]\ncache = 1\n[servers]\n[limit]\n",
+                 [f"1: [web]: {missing}, or remove the section",
                   "3: [servers]: no such section; did you mean [server]?",
                   "4: [limit]: no such section; did you mean [limits]?"]),
-                ("[server]\nbackend = web\n", backends.replace(
-                    f'__version__ = "{version}"', '__version__ = "0.9"'),
-                 [f'2: backend: "web" cannot be used: fingerd.py is version'
-                  f" {version}, but fingerd_backends.py is 0.9; copy both"
-                  " from one release, or write backend = users"]),
-                ("[server]\nbackend = web\nuser_list = x\n[webb]\n[limit]\n",
-                 "import no_such_module_79\n",
+                (other, "[server]\nbackend = web\n",
+                 ['2: backend: "web" cannot be used: fingerd.py is version'
+                  f" {fingerd.__version__}, but fingerd_backends.py is 0.9;"
+                  " copy both from one release, or write backend = users"]),
+                (broken, "[server]\nbackend = web\nuser_list = x\n[webb]\n"
+                 "[limit]\n",
                  [f'2: backend: "web" {why}, or write backend = users',
                   '3: user_list: "x" is not one of yes, true, on, 1, no,'
                   " false, off, 0; write e.g. user_list = no",
                   f"4: [webb]: {why}, or remove the section",
                   "5: [limit]: no such section; did you mean [limits]?"])]:
-            with self.subTest(text=text):
-                self.program.write(text)
-                if other:
-                    write_file(self.directory, "fingerd_backends.py", other)
+            with self.subTest(text=text), config_file(text) as path:
                 count = f"{len(errors)} error" + "s" * (len(errors) > 1)
-                self.assertEqual(run_fingerd(**self.command), (2, "", "".join(
-                    f"fingerd: fingerd.conf:{error}\n" for error in errors)
-                    + f"fingerd: {count} in fingerd.conf, not started\n"))
+                self.assertEqual(
+                    run_fingerd("--config", path, preexec_fn=state),
+                    (2, "", "".join(f"fingerd: {path}:{error}\n"
+                                    for error in errors)
+                     + f"fingerd: {count} in {path}, not started\n"))
+        self.assertEqual(run_fingerd("--help", preexec_fn=absent)[::2],
+                         (0, ""))
 
 
 # ---- Backends -------------------------------------------------------------
