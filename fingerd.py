@@ -2695,7 +2695,6 @@ def fit_max_clients(config: Any, log: Log) -> None:
 # ---- Pidfile --------------------------------------------------------------
 
 PIDFILE_FLAGS = os.O_CLOEXEC | os.O_NOCTTY | os.O_NOFOLLOW | os.O_NONBLOCK
-PIDFILE_WAIT = 5.0              # seconds for another start to write its pid
 
 
 def is_lone_file(info: os.stat_result) -> bool:
@@ -2706,27 +2705,26 @@ def is_lone_file(info: os.stat_result) -> bool:
 class Pidfile:
     """A file with the number of the process, locked while the daemon runs.
 
-    A start locks it with flock(2), which survives forks, so that only one can
-    start.  The daemon locks it with lockf(3), too, as the system can name the
-    process that holds such a lock.  The number alone proves nothing: a crash
-    leaves it behind, and another user may have written it.
+    The lock is one of lockf(3), as the system can name the process that holds
+    it.  The number alone proves nothing: a crash leaves it behind, and another
+    user may have written it.
     """
 
     def __init__(self, path: str) -> None:
-        """Lock the file, created if need be; StartError if another has it."""
+        """Lock the file, created if need be; StartError if another has it.
+
+        Do not fork or open the file after this: it would lose the lock.
+        """
         self.path = path
-        until = time.monotonic() + PIDFILE_WAIT
         with attempt("lock the pidfile"):
             while not self.lock():
                 pid, _ = find_daemon(path)
-                if pid or time.monotonic() > until:
-                    raise StartError("already running, pid"
-                                     f" {pid or 'not known yet'} ({path} is"
-                                     " locked)")
-                time.sleep(0.01)
+                if pid:
+                    raise StartError(
+                        f"already running, pid {pid} ({path} is locked)")
 
     def lock(self) -> bool:
-        """Try once to lock the file."""
+        """Try once to lock the file, and write the number."""
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | PIDFILE_FLAGS,
                           0o600)        # who can read a file can lock it
         try:
@@ -2734,27 +2732,19 @@ class Pidfile:
             if os.fstat(self.fd).st_uid not in (0, os.geteuid()):
                 raise StartError(f"{self.path} belongs to another user;"
                                  " remove it, or name another pidfile")
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # A daemon that ended since the open may have removed the file.
             if os.path.samestat(os.fstat(self.fd), os.stat(self.path)):
-                os.ftruncate(self.fd, 0)    # the number is not ours
+                os.ftruncate(self.fd, 0)
+                os.pwrite(self.fd, b"%d\n" % os.getpid(), 0)
                 return True
         except (BlockingIOError, FileNotFoundError):
             pass
         os.close(self.fd)
         return False
 
-    def write(self) -> None:
-        """Lock the file as this process, and write its number.
-
-        Never open the file after this: its close would end the lock.
-        """
-        with attempt("write the pidfile"):
-            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.pwrite(self.fd, b"%d\n" % os.getpid(), 0)
-
     def remove(self) -> None:
-        """Empty the file, remove it if we may, and end the locks."""
+        """Empty the file, remove it if we may, and end the lock."""
         with contextlib.suppress(OSError):      # it may be outside a chroot
             os.ftruncate(self.fd, 0)
             if os.path.samestat(os.fstat(self.fd), os.stat(self.path)):
@@ -2763,15 +2753,13 @@ class Pidfile:
 
 
 def read_pidfile(fd: int, path: str) -> int:
-    """Give the number in a pidfile, or 0; StartError if it has other text."""
-    if not is_lone_file(os.fstat(fd)):
-        raise StartError(f"{path} is not a regular file with one name; name"
-                         " another pidfile")
-    text = os.pread(fd, 20, 0)
-    if not re.fullmatch(b"([0-9]{1,10}\n?)?", text):
-        raise StartError(f"{path} has other text than a process number; name"
-                         " another pidfile")
-    return int(text or 0)
+    """Give the number in a pidfile, or 0; StartError if it is not one."""
+    if is_lone_file(os.fstat(fd)):
+        text = os.pread(fd, 20, 0)
+        if re.fullmatch(b"([0-9]{1,10}\n?)?", text):
+            return int(text or 0)
+    raise StartError(f"{path} is not a pidfile (a file with one name, a number"
+                     " or nothing in it); name another")
 
 
 def find_daemon(path: str) -> tuple[int, int]:
@@ -2804,19 +2792,19 @@ def lock_holder(fd: int) -> int:
 
     Raises OSError if that process cannot be seen.  See fcntl(2), F_GETLK.
     """
-    def ask(layout: str, *lock: int) -> tuple[int, ...]:
-        return struct.unpack(layout, fcntl.fcntl(
-            fd, fcntl.F_GETLK, struct.pack(layout, *lock)))
-
-    if sys.platform == "linux":
-        kind, _, _, _, pid = ask("hhqqi0q", fcntl.F_WRLCK, 0, 0, 0, 0)
-    else:               # the BSDs and macOS; some lack the last field
-        _, _, pid, kind, _, _ = ask("qqihhi", 0, 0, 0, fcntl.F_WRLCK, 0, 0)
-    if kind == fcntl.F_UNLCK:
+    if sys.platform == "linux":     # places of l_type and l_pid
+        layout, kind, pid = "hhqqi0q", 0, 4
+    else:                           # the BSDs and macOS
+        layout, kind, pid = "qqihh4x", 3, 2
+    lock = [0] * 5
+    lock[kind] = fcntl.F_WRLCK
+    held = struct.unpack(layout, fcntl.fcntl(
+        fd, fcntl.F_GETLK, struct.pack(layout, *lock)))
+    if held[kind] == fcntl.F_UNLCK:
         return 0
-    if pid <= 0:
+    if held[pid] <= 0:
         raise OSError("a process of another namespace has locked it")
-    return pid
+    return int(held[pid])
 
 
 def process_ids(pid: int) -> tuple[int, ...]:
@@ -3068,32 +3056,32 @@ class Daemon:
     def start_and_serve(self) -> None:
         """Start, serve until a signal, end.  Raises StartError.
 
-        All that can fail does so before the launching command returns, most
-        of it before the fork.
+        All that can fail does so before the launching command returns.
         """
         daemon = self.config.daemon
         os.umask(daemon.umask)
         sys.setswitchinterval(TURN)
         answers = Answers(self.config, self.log)
         with contextlib.ExitStack() as opened:
-            pidfile = daemon.pidfile and Pidfile(self.path(daemon.pidfile))
-            if pidfile:
+            # What systemd passes is for this process, not for its child.
+            listeners = passed_listeners()
+            self.notifier = opened.enter_context(Notifier())
+            self.notifier.find_systemd()
+            launcher = daemonize() if daemon.daemonize else None
+            self.terminal = None if daemon.daemonize else open_terminal()
+            # Until it serves, a signal is kept pending; but Ctrl-C ends it.
+            signal.pthread_sigmask(signal.SIG_BLOCK,
+                                   {*SIGNALS} - {signal.SIGINT})
+            if daemon.pidfile:
+                pidfile = Pidfile(self.path(daemon.pidfile))
                 opened.callback(pidfile.remove)
-            listeners = passed_listeners() or open_listeners(
-                self.config.server.listen)
+            listeners = listeners or open_listeners(self.config.server.listen)
             for listener in listeners:
                 opened.enter_context(listener)
             self.ids = choose_ids(daemon)
             self.open_log(self.config)
-            self.notifier = opened.enter_context(Notifier())
-            self.notifier.find_systemd()
             null = opened.enter_context(open(os.devnull, "r+b", 0))
-            self.terminal = None if daemon.daemonize else open_terminal()
             self.give_up_rights(answers)
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # kept pending
-            launcher = daemonize() if daemon.daemonize else None
-            if pidfile:
-                pidfile.write()
             fit_max_clients(self.config, self.log)
             self.server = opened.enter_context(
                 FingerServer(listeners, answers, self.log))

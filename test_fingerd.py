@@ -3283,19 +3283,17 @@ class BackgroundTest(unittest.TestCase):
     def test_status_tells_apart_why_it_does_not_run(self):
         with installed() as program:
             path = program.pidfile
-            no_number = (f"{path} has other text than a process number; name"
-                         " another pidfile")
-            no_file = (f"{path} is not a regular file with one name; name"
-                       " another pidfile")
+            other = (f"{path} is not a pidfile (a file with one name, a number"
+                     " or nothing in it); name another")
             for content, status, said in [
                     (None, 3, "is not running"), ("", 3, "is not running"),
                     ("4711\n", 1, "has died; it was pid 4711"),
                     ("4711", 1, "has died; it was pid 4711"),
-                    ("99999999999\n", 4, no_number),
-                    ("4711 and more", 4, no_number),
-                    ("4711" + "\n" * 30, 4, no_number),
-                    (os.mkfifo, 4, no_file),
-                    (functools.partial(os.link, program.config), 4, no_file),
+                    ("99999999999\n", 4, other),
+                    ("4711 and more", 4, other),
+                    ("4711" + "\n" * 30, 4, other),
+                    (os.mkfifo, 4, other),
+                    (functools.partial(os.link, program.config), 4, other),
                     (functools.partial(os.symlink, program.config), 4,
                      "cannot read the pidfile: too many levels of symbolic"
                      f" links: {path}")]:
@@ -3339,9 +3337,7 @@ class BackgroundTest(unittest.TestCase):
     def test_a_number_that_a_crash_has_left_is_not_believed(self):
         with tempfile.TemporaryDirectory() as directory:
             path = write_file(directory, "pid", f"{os.getpid()}\n")
-            pidfile = fingerd.Pidfile(path)     # locked, not written yet
-            self.assertEqual(pathlib.Path(path).read_text(), "")
-            pidfile.write()
+            pidfile = fingerd.Pidfile(path)
             self.assertEqual(
                 run_fingerd("--pidfile", path, "--status"),
                 (0, f"fingerd is running, pid {os.getpid()}\n", ""))
@@ -3351,14 +3347,14 @@ class BackgroundTest(unittest.TestCase):
     def test_makes_a_pidfile_again_that_another_has_just_removed(self):
         with tempfile.TemporaryDirectory() as directory:
             path = os.path.join(directory, "pid")
-            ends, flock = iter([path]), fcntl.flock
+            ends, lockf = iter([path]), fcntl.lockf
 
             def lock(fd, operation):
                 for name in ends:
                     os.unlink(name)
-                flock(fd, operation)
+                lockf(fd, operation)
 
-            with mock.patch("fcntl.flock", lock):
+            with mock.patch("fcntl.lockf", lock):
                 pidfile = fingerd.Pidfile(path)
             self.assertEqual(os.listdir(directory), ["pid"])
             pidfile.remove()
@@ -3370,8 +3366,8 @@ class BackgroundTest(unittest.TestCase):
             os.mkfifo(fifo)
             os.symlink(program.config, link)
             for path, message in [
-                    (fifo, "is not a regular file with one name; name"),
-                    (program.config, "has other text than a process number;"),
+                    (fifo, "is not a pidfile"),
+                    (program.config, "is not a pidfile"),
                     (link, "pidfile: too many levels of symbolic links")]:
                 before = os.lstat(path)
                 for status, result in [
@@ -4063,8 +4059,7 @@ class PrivilegesTest(unittest.TestCase):
                 f"os.setgid({NOBODY}), os.setuid({NOBODY})\n"
                 f"fd = os.open({path!r}, os.O_RDWR | os.O_CREAT, 0o666)\n"
                 f"os.write(fd, {text!r}.replace(b'PID', b'%d' % os.getpid()))"
-                "\nfcntl.flock(fd, fcntl.LOCK_EX)\n"
-                "fcntl.lockf(fd, fcntl.LOCK_EX)\n"
+                "\nfcntl.lockf(fd, fcntl.LOCK_EX)\n"
                 "print(flush=True)\nsys.stdin.read()\n")
         with subprocess.Popen([sys.executable, "-c", code],
                               stdin=subprocess.PIPE,
