@@ -67,6 +67,7 @@ from typing import (
     Any,
     Callable,
     Container,
+    Generator,
     Iterable,
     Iterator,
     NamedTuple,
@@ -104,10 +105,8 @@ def format_traceback() -> str:
 RAW_SHARE = 4           # bytes, with telnet's, per byte of max_query
 CONTROL = re.compile(rb"[\0-\x08\x0a-\x1f\x7f]|\xc2[\x80-\x9f]")  # not TAB
 PROXY_LINE = re.compile(rb"PROXY (TCP[46]|UNKNOWN)\b")     # see PROXY header
-
-# Telnet (RFC 854): some of its bytes, and the states of its stream.
-IAC, SB, SE, WILL, DONT = 255, 250, 240, 251, 254
-TEXT, COMMAND, OPTION, SUBNEGOTIATION, SUB_COMMAND = range(5)
+LINE_END = re.compile(rb"\n|\r\0")     # telnet sends CR NUL for a CR
+IAC, SB, SE, WILL, DONT = 255, 250, 240, 251, 254   # of telnet, see RFC 854
 
 
 class MalformedQuery(ValueError):
@@ -155,7 +154,7 @@ class QueryLine:
         self.text = bytearray()
         self.limit = limit              # bytes of text
         self.room = RAW_SHARE * limit   # bytes that may still come
-        self.telnet = TEXT              # state of the stream
+        self.telnet: Any = None         # strip_telnet(), from the first IAC on
 
     def add(self, data: bytes) -> bool:
         """Add a segment, b"" at the end of file; is the line complete?
@@ -163,53 +162,41 @@ class QueryLine:
         Raises LineTooLong; the text is then cut to the limit.
         """
         start, text = len(self.text), self.text
-        text += self.strip_telnet(data[:self.room])
+        if IAC in data and not self.telnet:
+            self.telnet = strip_telnet(text)
+            next(self.telnet)
+        if self.telnet and data:
+            for byte in data[:self.room]:
+                self.telnet.send(byte)
+        else:
+            text += data[:self.room] or b"\n"  # an end of file ends a line
         self.room -= len(data)
-        end = find_line_end(text, start)
-        complete = end >= 0 or not data
-        if complete:
-            del text[end if end >= 0 else len(text):]
+        end = LINE_END.search(text, max(0, start - 1))
+        if end:
+            del text[end.start():]
             del text[len(text.rstrip(b"\r")):]
         # A CR beyond the limit may be a part of the line end.
         if (text[max(start, self.limit):].strip(b"\r")
-                or not complete and self.room <= 0):
+                or self.room <= 0 and not end):
             del text[self.limit:]
             raise LineTooLong
-        return complete
-
-    def strip_telnet(self, data: bytes) -> bytes | bytearray:
-        """Remove telnet commands, even one that spans two segments."""
-        if not self.telnet and b"\xff" not in data:
-            return data
-        text = bytearray()
-        for byte in data:
-            before, self.telnet = self.telnet, follow_telnet(self.telnet, byte)
-            if self.telnet == TEXT and (
-                    before == TEXT or before == COMMAND and byte == IAC):
-                text.append(byte)       # IAC IAC means a byte 255
-        return text
+        return bool(end)
 
 
-def follow_telnet(state: int, byte: int) -> int:
-    """Give the state of a telnet stream after one more byte."""
-    if state == TEXT:
-        return COMMAND if byte == IAC else TEXT
-    if state == COMMAND and byte == SB:
-        return SUBNEGOTIATION
-    if state == COMMAND and WILL <= byte <= DONT:
-        return OPTION
-    if state == SUBNEGOTIATION:
-        return SUB_COMMAND if byte == IAC else SUBNEGOTIATION
-    if state == SUB_COMMAND and byte != SE:
-        return SUBNEGOTIATION
-    return TEXT
-
-
-def find_line_end(text: bytearray, start: int) -> int:
-    """Find the first LF, or telnet's CR NUL, from start; -1 if none."""
-    newline = text.find(b"\n", start)
-    nul = text.find(b"\r\0", max(0, start - 1))
-    return min(newline, nul) if newline >= 0 <= nul else max(newline, nul)
+def strip_telnet(text: bytearray) -> Generator[None, int, None]:
+    """Take bytes one by one; append those that are no command to text."""
+    while True:
+        byte = yield
+        if byte == IAC:
+            byte = yield
+            if byte == SB:
+                while (yield) != IAC or (yield) != SE:
+                    pass
+            elif WILL <= byte <= DONT:
+                yield                   # the option
+            if byte != IAC:
+                continue
+        text.append(byte)               # IAC IAC means a byte 255
 
 
 def parse_query(line: bytes | bytearray,
