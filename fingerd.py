@@ -2282,7 +2282,10 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     def serve_one(self, sock: socket.socket) -> None:
         """Serve a connection that is open already, and no other."""
-        self.process_request(sock, sock.getpeername())
+        address = "0.0.0.0", 0
+        with contextlib.suppress(OSError):      # it has left already
+            address = sock.getpeername()
+        self.process_request(sock, address)
         self.serve_forever()
 
     def do_what_is_due(self, now):
@@ -2830,14 +2833,6 @@ def choose_ids(daemon: Any) -> tuple[str, int, int] | None:
     return chosen.name, chosen.uid, gid
 
 
-def lost_log(config: Any) -> str:
-    """Give a warning if there will be no log, else ""."""
-    if config.log.to == "stderr" and config.daemon.daemonize:
-        return ("the log will be lost: it goes to stderr, and there is none in"
-                " the background; write to = syslog, or a file")
-    return ""
-
-
 def unreadable_config(config: Any, ids: tuple[int, ...] = ()) -> str:
     """Give the reason why a reload could not read the config, or "".
 
@@ -2957,11 +2952,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 TURN = 0.0002                   # seconds the loop waits for a busy thread
 
 
-def daemonize() -> int:
+def daemonize() -> Callable[[], None]:
     """Continue in the background, in a session of its own (daemon(7)).
 
-    Only the daemon returns, with a descriptor: a byte written to it ends the
-    launching command with status 0, its close without one with status 1.
+    Only the daemon returns, with a function that ends the launching command
+    with status 0, and leaves its terminal.  If the daemon ends before it has
+    called that, the status is 1.
     """
     launcher, ready = os.pipe()
     if os.fork():
@@ -2971,15 +2967,15 @@ def daemonize() -> int:
     os.setsid()
     if os.fork():       # the leader of a session could get a terminal again
         os._exit(0)
-    return ready
+    null = os.open(os.devnull, os.O_RDWR)       # a chroot may have none
 
-
-def release_launcher(launcher: int, null: int) -> None:
-    """End the launching command with status 0; leave its terminal."""
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    os.write(launcher, b"\0")
-    os.close(launcher)
+    def release() -> None:
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.write(ready, b"\0")
+        os.close(ready)
+        os.close(null)
+    return release
 
 
 def open_terminal() -> int | None:
@@ -2995,10 +2991,7 @@ def open_terminal() -> int | None:
 class Notifier(socket.socket):
     """Reports to systemd (sd_notify(3)); without one it does nothing."""
 
-    period = 0.0            # seconds between signs of life; 0 for none
-
-    def __init__(self) -> None:
-        super().__init__(socket.AF_UNIX, socket.SOCK_DGRAM)
+    period = math.inf       # seconds between signs of life
 
     def find_systemd(self) -> None:
         """Connect, if it runs.  Later a chroot may hide the path."""
@@ -3032,7 +3025,7 @@ class Daemon:
         self.reader = reader            # of the config
         self.directory = os.getcwd()    # where relative paths start
         self.root = ""                  # the chroot that we are in
-        self.ids: tuple[str, int, int] | None = None    # that we become
+        self.ids = choose_ids(config.daemon)    # that we become
         self.terminal: int | None = None
         self.started = time.monotonic()
         self.stopped_by = ""
@@ -3052,10 +3045,11 @@ class Daemon:
         with contextlib.ExitStack() as opened:
             # What systemd passes is for this process, not for its child.
             listeners = passed_listeners()
-            self.notifier = opened.enter_context(Notifier())
+            self.notifier = opened.enter_context(
+                Notifier(socket.AF_UNIX, socket.SOCK_DGRAM))
             self.notifier.find_systemd()
-            launcher = daemonize() if daemon.daemonize else None
-            self.terminal = None if daemon.daemonize else open_terminal()
+            release = daemonize() if daemon.daemonize else None
+            self.terminal = open_terminal()
             # Until it serves, a signal is kept pending; but Ctrl-C ends it.
             signal.pthread_sigmask(signal.SIG_BLOCK,
                                    {*SIGNALS} - {signal.SIGINT})
@@ -3065,17 +3059,15 @@ class Daemon:
             listeners = listeners or open_listeners(self.config.server.listen)
             for listener in listeners:
                 opened.enter_context(listener)
-            self.ids = choose_ids(daemon)
             self.open_log(self.config)
-            null = opened.enter_context(open(os.devnull, "r+b", 0))
             self.give_up_rights(answers)
             fit_max_clients(self.config, self.log)
             self.server = opened.enter_context(
                 FingerServer(listeners, answers, self.log))
             self.watch_signals()
             self.report_ready(listeners)
-            if launcher is not None:
-                release_launcher(launcher, null.fileno())
+            if release:
+                release()
             self.server.serve_forever()
             self.report_end()
 
@@ -3083,7 +3075,6 @@ class Daemon:
         """Serve the one connection that inetd(8) has accepted."""
         os.umask(self.config.daemon.umask)
         answers = Answers(self.config, self.log)
-        self.ids = choose_ids(self.config.daemon)
         try:
             self.open_log(self.config)
         except StartError:
@@ -3091,12 +3082,7 @@ class Daemon:
                 raise           # without syslog only the log is lost
         self.give_up_rights(answers)
         with FingerServer([], answers, self.log) as server:
-            try:
-                server.serve_one(sock)
-            except OSError as error:
-                if error.errno not in (errno.ENOTCONN, errno.EINVAL):
-                    raise       # else it left before we had its address
-                self.log.query("unknown", 0, b"", GONE, 0, 0)
+            server.serve_one(sock)
 
     def give_up_rights(self, answers: Answers) -> None:
         """Enter the chroot and the rundir, and become the user."""
@@ -3128,12 +3114,12 @@ class Daemon:
         settings = types.SimpleNamespace(**vars(config.log))
         what = "open the log"
         if settings.to == "syslog":
-            address = config.raw_values["log", "syslog_address"]
-            what = f"reach syslog at {address}"
+            what = ("reach syslog at "
+                    + config.raw_values["log", "syslog_address"])
         elif settings.to != "stderr":
             settings.to = self.path(settings.to)
         with attempt(what):
-            self.log.open(settings, self.ids[1:] if self.ids else None)
+            self.log.open(settings, self.ids and self.ids[1:])
 
     def report_ready(self, listeners: list[socket.socket]) -> None:
         """Write the first lines of the log, and report to systemd."""
@@ -3149,39 +3135,36 @@ class Daemon:
             backend=",".join(name for name, _ in self.config.backends),
             **user, pid=os.getpid())
         self.notifier.report("READY=1", f"MAINPID={os.getpid()}")
-        if self.notifier.period:
-            self.server.chores[self.notifier.send_sign_of_life] = 0.0
-        self.keep_stats()
-
-    def keep_stats(self) -> None:
-        """Keep stats if the config names a file for them, else stop."""
-        if not self.config.server.stats:
-            self.server.stats = None
-            self.server.chores.pop(self.write_stats, None)
-        elif not self.server.stats:
-            self.server.stats = Stats()
-            self.server.chores[self.write_stats] = 0.0
+        now = time.monotonic()
+        self.server.chores[self.notifier.send_sign_of_life] = (
+            now + self.notifier.period)
+        self.server.chores[self.write_stats] = now + self.write_stats()
 
     def write_stats(self) -> float:
-        """Write the stats, and give the seconds until the next time."""
-        server = self.server
-        stats: Any = server.stats
-        path = self.path(self.config.server.stats)
+        """Write the stats, if the config names a file for them.
+
+        Gives the seconds until the next time.
+        """
+        server, name = self.server, self.config.server.stats
+        if not name:
+            server.stats = None
+            return math.inf
+        stats = server.stats = server.stats or Stats()
+        path, failing = self.path(name), ""
         try:
             replace_file(path, stats.text(
                 server.hosts.total, server.lookups.threads.total,
                 self.reloads))
-            stats.failing = ""
         except OSError as error:
+            failing = path
             if stats.failing != path:
                 self.log.event("warning", "failed", stats=path,
                                reason=reason(error))
-            stats.failing = path
+        stats.failing = failing
         return STATS_PERIOD
 
     def report_end(self) -> None:
-        if self.server.stats:
-            self.write_stats()
+        self.write_stats()
         self.log.event("notice", "stopped", signal=self.stopped_by,
                        queries=sum(self.server.outcomes.values()),
                        seconds=int(time.monotonic() - self.started))
@@ -3242,13 +3225,12 @@ class Daemon:
             if os.path.exists(path) and not os.path.isfile(path):
                 raise ConfigError(f"{path} is not a regular file")
             self.change_config(self.reader(path, old=self.config))
-            self.reloads["ok"] += 1
+            result = "ok"
         except Exception as error:      # whatever it is, keep the old config
-            text = (reason(error) if isinstance(error, OSError)
-                    else str(error) or repr(error))
-            for line in text.splitlines():
+            for line in (str(error) or repr(error)).splitlines():
                 self.log.event("warning", "reload-failed", reason=line)
-            self.reloads["failed"] += 1
+            result = "failed"
+        self.reloads[result] += 1
         self.notifier.report("READY=1")
 
     def change_config(self, config: Any) -> None:
@@ -3260,21 +3242,20 @@ class Daemon:
         fit_max_clients(config, self.log)
         self.server.change_answers(answers)
         self.config = config
-        self.keep_stats()
+        self.server.chores[self.write_stats] = 0.0
         gc.collect()        # urllib's openers are cycles, with certificates
         self.log.event("notice", "reloaded", config=config.path)
 
     def log_unreloadable(self, config: Any) -> None:
         """Log changes that a reload cannot make, and undo them."""
-        for row in SETTINGS:
-            key = section, name = row.section, row.name
-            old, new = self.config.raw_values[key], config.raw_values[key]
+        for (section, name), old in self.config.raw_values.items():
+            new = config.raw_values[section, name]
             if new != old and (
                     section == "daemon" or name in ("listen", "syslog_address")
                     or (section, name, new) == ("log", "to", "syslog")):
                 self.log.event("warning", "not-reloaded", setting=name,
                                reason="only a restart can change it")
-                config.raw_values[key] = old
+                config.raw_values[section, name] = old
                 setattr(getattr(config, section), name,
                         getattr(getattr(self.config, section), name))
 
@@ -3296,19 +3277,17 @@ STOP_WAIT = 5.0                 # seconds that --stop adds to the timeout
 def check_and_start(args: Any, log: Log, reader: Callable[..., Any]) -> None:
     """Print warnings and start the daemon; with --check, do not start it."""
     config = reader(args.config)
-    for warning in [*config.warnings, *find_useless(config, args.inetd),
-                    lost_log(config), unreadable_config(config)]:
-        if warning:
-            complain(warning, "warning")
+    for warning in [*config.warnings, *find_warnings(config, args.inetd)]:
+        complain(warning, "warning")
     if args.check:
-        say(to_wire(f"{config.path} is good").replace(b"\r", b""))
+        say(f"{config.path} is good\n")
         return
     close_inherited()
     Daemon(config, log, reader).start_and_serve()
 
 
-def find_useless(config: Any, inetd: bool) -> Iterator[str]:
-    """Yield warnings of settings that have no effect in this kind of start."""
+def find_warnings(config: Any, inetd: bool) -> Iterator[str]:
+    """Yield warnings of what does not work in this kind of start."""
     useless = {}
     if count_passed():
         useless["listen"] = "is not used with systemd's sockets; remove it"
@@ -3320,6 +3299,12 @@ def find_useless(config: Any, inetd: bool) -> Iterator[str]:
         if name in useless:
             where = f"{config.path}:{line}: " if line else "--"
             yield f"{where}{name}: {useless[name]}"
+    if config.log.to == "stderr" and config.daemon.daemonize:
+        yield ("the log will be lost: it goes to stderr, and there is none in"
+               " the background; write to = syslog, or a file")
+    unreadable = unreadable_config(config)
+    if unreadable:
+        yield unreadable
 
 
 def close_inherited() -> None:
@@ -3355,7 +3340,7 @@ def print_reply(args: Any, log: Log, reader: Callable[..., Any]) -> int:
         load_late_imports()
         drop_privileges(*ids)
     reply = answer_line(answers, os.fsencode(args.query) + b"\n", client)
-    say(reply.data)
+    say(reply.data.decode())
     return 1 if reply.outcome == "failed" else 0
 
 
@@ -3380,21 +3365,29 @@ def control(args: Any, reader: Callable[..., Any]) -> int:
 
     A pidfile is enough: the config may have errors by now.
     """
-    errors = ""
     try:
-        config = reader(args.config)
+        config, errors = reader(args.config), ""
     except ConfigError as error:
         config, errors = error.config, str(error)
-    pidfile = args.pidfile or (config.daemon.pidfile if config else "")
-    if not pidfile:
+    path = args.pidfile or (config.daemon.pidfile if config else "")
+    if not path:
         raise ConfigError(errors or "no pidfile is configured; set pidfile in"
                                     " [daemon], or give --pidfile")
-    path = os.path.abspath(pidfile)
     if args.status:
         return print_status(path)
+    pid, _ = find_daemon(path)
+    if not pid:
+        say("fingerd is not running\n")
+        return 1 if args.reload else 0
+    with attempt(f"signal pid {pid}"):
+        os.kill(pid, signal.SIGHUP if args.reload else signal.SIGTERM)
     if args.reload:
-        return reload_daemon(path, config, errors)
-    stop_daemon(path, DEFAULT_TIMEOUT if errors else config.limits.timeout)
+        errors = errors or unreadable_config(config, process_ids(pid))
+        if errors:
+            complain(errors)
+        return 1 if errors else 0
+    wait_for_end(path, pid, STOP_WAIT + (
+        DEFAULT_TIMEOUT if errors else config.limits.timeout))
     return 0
 
 
@@ -3406,47 +3399,23 @@ def print_status(path: str) -> int:
         complain(str(error))
         return 4
     if pid:
-        say(f"fingerd is running, pid {pid}\n".encode())
+        say(f"fingerd is running, pid {pid}\n")
         return 0
     if number:
-        say(f"fingerd has died; it was pid {number}\n".encode())
+        say(f"fingerd has died; it was pid {number}\n")
         return 1
-    say(b"fingerd is not running\n")
+    say("fingerd is not running\n")
     return 3
 
 
-def reload_daemon(path: str, config: Any, errors: str) -> int:
-    """Have the daemon reload; give 1 if we know that it cannot, else 0."""
-    if errors:
-        complain(errors)
-    pid = signal_daemon(path, signal.SIGHUP)
-    if pid and not errors:
-        errors = unreadable_config(config, process_ids(pid))
-        if errors:
-            complain(errors)
-    return 1 if errors or not pid else 0
-
-
-def stop_daemon(path: str, timeout: float) -> None:
-    """Stop the daemon, and wait until it no longer holds the pidfile."""
-    pid = signal_daemon(path, signal.SIGTERM)
-    until = time.monotonic() + timeout + STOP_WAIT
-    while pid and find_daemon(path)[0] == pid:
+def wait_for_end(path: str, pid: int, timeout: float) -> None:
+    """Wait until the daemon no longer holds the pidfile."""
+    until = time.monotonic() + timeout
+    while find_daemon(path)[0] == pid:
         if time.monotonic() > until:
-            raise StartError(f"pid {pid} has not ended in"
-                             f" {timeout + STOP_WAIT:.0f} seconds")
+            raise StartError(f"pid {pid} has not ended in {timeout:.0f}"
+                             " seconds")
         time.sleep(0.02)
-
-
-def signal_daemon(path: str, number: int) -> int:
-    """Signal the daemon; give its pid.  If none runs, print that; give 0."""
-    pid, _ = find_daemon(path)
-    if not pid:
-        say(b"fingerd is not running\n")
-        return 0
-    with attempt(f"signal pid {pid}"):
-        os.kill(pid, number)
-    return pid
 
 
 def serve_inetd(args: Any, log: Log, reader: Callable[..., Any]) -> None:
@@ -3593,11 +3562,10 @@ def settings_text() -> str:
     for name, cls in load_backends()[0].items():
         rows += [Setting(name, *row) for row in cls.settings or ()]
     lines = ["settings of the config file, and their defaults:"]
-    for row in rows:
-        if f"[{row.section}]" not in lines:
-            lines += ["", f"[{row.section}]"]
-        text = f"  {row.name} = {row.default}"
-        lines.append(f"{text:29} {row.help}")
+    for section, group in itertools.groupby(rows, lambda row: row.section):
+        lines += ["", f"[{section}]"]
+        lines += [f"{f'  {row.name} = {row.default}':29} {row.help}"
+                  for row in group]
     return "\n".join(lines)
 
 
@@ -3617,9 +3585,9 @@ def carry_out(args: Any, log: Log) -> int:
         raise ConfigError("--from: goes with --query only")
     reader = make_reader(args, log)
     if args.version:
-        say(f"fingerd {__version__}\n".encode())
+        say(f"fingerd {__version__}\n")
     elif args.help:
-        say(f"{make_parser().format_help()}\n{settings_text()}\n".encode())
+        say(f"{make_parser().format_help()}\n{settings_text()}\n")
     elif args.bundle is not None:
         write_bundle(args.bundle)
     elif args.status or args.reload or args.stop:
@@ -3633,8 +3601,9 @@ def carry_out(args: Any, log: Log) -> int:
     return 0
 
 
-def say(data: bytes) -> None:
+def say(text: str) -> None:
     """Write to stdout; a closed pipe is not an error."""
+    data = text.encode("utf-8", "backslashreplace")
     with attempt("print"), contextlib.suppress(BrokenPipeError):
         while data:
             data = data[os.write(1, data):]
