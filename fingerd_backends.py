@@ -23,6 +23,7 @@ import html
 import http.client
 import importlib
 import io
+import ipaddress
 import itertools
 import os
 import pwd
@@ -925,17 +926,14 @@ ABSENT = {getattr(errno, name, errno.ENOENT) for name in (
     "ENOTDIR", "ENXIO", "EOPNOTSUPP")}
 
 
-class Folder:
-    """The descriptor of a directory, closed at the end."""
-
-    def __init__(self, path):
-        self.fd = os.open(path, FOLDER_FLAGS)
-
-    def __enter__(self):
-        return self.fd
-
-    def __exit__(self, *error):
-        os.close(self.fd)
+@contextlib.contextmanager
+def open_folder(path):
+    """Open a directory; give its descriptor."""
+    folder = os.open(path, FOLDER_FLAGS)
+    try:
+        yield folder
+    finally:
+        os.close(folder)
 
 
 def read_file(folder, name, owner=None, limit=MAX_FILE):
@@ -988,7 +986,7 @@ class FilesBackend:
             return None
         files = [name + end for name in dict.fromkeys((user, user.lower()))
                  for end in ("", ".txt")]
-        with Folder(self.directory) as folder:
+        with open_folder(self.directory) as folder:
             for file in files:
                 if file.lower() == self.index.lower():
                     continue
@@ -1001,7 +999,7 @@ class FilesBackend:
         """Give the text of the index, or of a list; None: no such setting."""
         if not self.index and not self.listed:
             return None
-        with Folder(self.directory) as folder:
+        with open_folder(self.directory) as folder:
             if self.listed:
                 return self._list(folder, time.monotonic() + timeout)
             text = read_file(folder, self.index)
@@ -1049,15 +1047,6 @@ def load_module(name):
                          " a DB-API 2 module, or write sqlite3") from None
 
 
-def limit_sqlite(connection, deadline):
-    """Have SQLite give up at the deadline, be it waiting or working."""
-    left = max(0, int(1000 * (deadline - time.monotonic())) + 1)
-    connection.execute(f"PRAGMA busy_timeout = {left}")
-    connection.set_progress_handler(
-        lambda: time.monotonic() > deadline, 10_000)    # steps: 0.2 ms
-    connection.text_factory = bytes     # it may be no UTF-8
-
-
 def format_rows(columns, rows):
     """Give a line for each value that is not NULL; None if there is none."""
     lines = []
@@ -1068,7 +1057,7 @@ def format_rows(columns, rows):
         if value is not None:
             name = f"{column}: " if len(columns) > 1 else ""
             lines.append(f"{name}{text}".rstrip("\n") + "\n")
-    return "".join(lines) if lines else None
+    return "".join(lines) or None
 
 
 class SqlBackend:
@@ -1154,8 +1143,13 @@ class SqlBackend:
         try:
             if connection is None:
                 connection = self.module.connect(**self.arguments)
-            if self.sqlite:
-                limit_sqlite(connection, deadline)
+            if self.sqlite:     # gives up in time, be it waiting or working
+                wait = max(0, deadline - time.monotonic())
+                connection.execute(
+                    f"PRAGMA busy_timeout = {1000 * wait + 1:.0f}")
+                connection.set_progress_handler(
+                    lambda: time.monotonic() > deadline, 10_000)    # 0.2 ms
+                connection.text_factory = bytes     # it may be no UTF-8
             with contextlib.closing(connection.cursor()) as cursor:
                 cursor.execute(*query)
                 columns = [column[0] for column in cursor.description or ()]
@@ -1191,16 +1185,7 @@ UTMP = struct.Struct("=h6x32s4x32s256s8x" + ("4xI52x" if WIDE else "I40x"))
 LASTLOG = struct.Struct("=I4x32s256s" if WIDE else "=I32s256s")
 USER_PROCESS = 7        # the kind of record in utmp that is a login
 
-Login = collections.namedtuple("Login", "name tty place since")
-
-
-def make_login(items, name, tty, host, since):
-    """Make a Login of a record; its place is what is shown of where it is."""
-    name, tty, host = (
-        field.partition(b"\0")[0].decode("utf-8", "backslashreplace")
-        for field in (name, tty, host))
-    host = f" from {host}" if host and "from" in items else ""
-    return Login(name, tty, f" on {tty}{host}", since)
+Login = collections.namedtuple("Login", "since tty host name", defaults=[""])
 
 
 def read_records(path, layout, first=0, size=-1):
@@ -1211,24 +1196,16 @@ def read_records(path, layout, first=0, size=-1):
             data = file.read(size)
     except (FileNotFoundError, PermissionError):
         return None
-    return layout.iter_unpack(data[:len(data) // layout.size * layout.size])
+    return [[field if isinstance(field, int) else
+             field.partition(b"\0")[0].decode("utf-8", "backslashreplace")
+             for field in record] for record in layout.iter_unpack(
+                 data[:len(data) // layout.size * layout.size])]
 
 
-def read_logins(path, items):
+def read_logins(path):
     """Give the Logins of utmp."""
-    return [make_login(items, name, tty, host, since)
-            for kind, tty, name, host, since in read_records(path, UTMP) or ()
-            if kind == USER_PROCESS and name[0]]
-
-
-def read_last_login(path, items, uid):
-    """Give a user's Login of lastlog, at 0 for never; None without lastlog."""
-    records = read_records(path, LASTLOG, uid, LASTLOG.size)
-    if records is None:
-        return None
-    # It ends with the highest number that has ever logged in.
-    since, tty, host = next(records, (0, b"", b""))
-    return make_login(items, b"", tty, host, since)
+    return [Login(since, tty, host, name) for kind, tty, name, host, since
+            in read_records(path, UTMP) or () if kind == USER_PROCESS and name]
 
 
 def split_gecos(entry):
@@ -1249,21 +1226,22 @@ def format_phone(number):
 
 
 def format_office(office, phone, home_phone):
-    """Give office and phones a line each, or one to two of them that fit."""
+    """Give lines of one or two: office and phone, or each of them."""
     texts = [office and f"Office: {office}",
              phone and f"Office Phone: {format_phone(phone)}",
              home_phone and f"Home Phone: {format_phone(home_phone)}"]
     if office and phone and len(office) + len(phone) <= 31:
         texts[:2] = [f"Office: {office}, {format_phone(phone)}"]
-    lines, line = "", ""
+    lines: list[str] = []
+    half = 0            # length of the last line, if it has room
     for text in filter(None, texts):
-        column = max(48, len(line) // 8 * 8 + 8)
-        if line and column + len(text) <= 80:
-            tabs = "\t" * max(1, 5 - len(line) // 8)
-            lines, line = f"{lines}{line}{tabs}{text}\n", ""
+        if half and max(48, half // 8 * 8 + 8) + len(text) <= 80:
+            lines[-1] += "\t" * max(1, 5 - half // 8) + text
+            half = 0
         else:
-            lines, line = lines + line + "\n" * bool(line), text
-    return lines + line + "\n" * bool(line)
+            lines.append(text)
+            half = len(text)
+    return lines
 
 
 def format_time(seconds, year=""):
@@ -1294,22 +1272,22 @@ def format_mail(path):
     try:
         info = os.stat(path)
     except OSError as error:
-        return "" if error.errno == errno.EACCES else "No mail.\n"
+        return "" if error.errno == errno.EACCES else "No mail."
     came, read = int(info.st_mtime), int(info.st_atime)
     if not info.st_size:
-        return "No mail.\n"
+        return "No mail."
     if came <= read:
-        return f"Mail last read {format_time(read, '%Y ')}\n"
+        return f"Mail last read {format_time(read, '%Y ')}"
     return (f"New mail received {format_time(came, '%Y ')}\n"
-            f"     Unread since {format_time(read, '%Y ')}\n")
+            f"     Unread since {format_time(read, '%Y ')}")
 
 
 def format_file(home, owner, item):
     """Give the text of a user's own file, or what is said without one."""
     text = read_file(home, f".{item}", owner)
     if text is None:
-        return "No Plan.\n" if item == "plan" else ""
-    return FILES[item] + text + "\n" * (not text.endswith("\n"))
+        return "No Plan." if item == "plan" else ""
+    return FILES[item] + text[:len(text) - text.endswith("\n")]
 
 
 class AccountsBackend:
@@ -1360,8 +1338,7 @@ class AccountsBackend:
         """Give what is shown of the accounts of a name; None: no such user."""
         soonest = time.monotonic() + min(SAME_TIME, timeout)
         items = self._items(client)
-        texts = [self._visit(entry, functools.partial(self._describe, items))
-                 for entry in self._find(user)]
+        texts = [self._show(entry, items) for entry in self._find(user)]
         text = "\n".join(filter(None, texts))
         if not text:
             time.sleep(max(0, soonest - time.monotonic()))
@@ -1373,20 +1350,21 @@ class AccountsBackend:
         if "login" not in items:
             return None
         deadline = time.monotonic() + timeout
-        visit = (functools.partial(self._describe, items) if verbose
-                 else lambda entry, home: split_gecos(entry)[0])
-        logins, texts = read_logins(self.utmp, ()), {}
-        for name in dict.fromkeys(login.name for login in logins):
+        logins, shown = read_logins(self.utmp), {}
+        for login in logins:
             seconds_left(deadline)
-            texts[name] = self._visit(self._account(name), visit)
-        logins = [login for login in logins if texts[login.name] is not None]
+            if login.name not in shown:
+                entry = self._account(login.name)
+                text = self._show(entry, items if verbose else ())
+                shown[login.name] = text and (split_gecos(entry)[0], text)
+        logins = [login for login in logins if shown[login.name]]
         if not logins:
             return "No one logged on.\n"
         if verbose:
-            return "\n".join(filter(None, texts.values()))
+            return "\n".join(text for _, text in filter(None, shown.values()))
         # rogallo makes a menu of a table with this first line.
         rows = [("Login", "Name", "Login Time"), *sorted(
-            (login.name, texts[login.name],
+            (login.name, shown[login.name][0],
              time.strftime("%b %e %R", time.localtime(login.since)))
             for login in logins)]
         widths = [max(map(len, column)) + 2 for column in zip(*rows)]
@@ -1395,9 +1373,6 @@ class AccountsBackend:
 
     def _items(self, client):
         """Give what is shown to a client."""
-        if not self.options["local"]:
-            return self.show
-        import ipaddress  # loaded: there are networks
         address = ipaddress.ip_address(client)
         local = any(address in network for network in self.options["local"])
         return self.show | self.show_local if local else self.show
@@ -1431,12 +1406,12 @@ class AccountsBackend:
                     names.setdefault(word, []).append(entry.pw_name)
         return names
 
-    def _visit(self, entry, visit):
-        """Give visit(entry, home's descriptor); None if the user is hidden."""
+    def _show(self, entry, items):
+        """Give the lines of an account; None if it is hidden."""
         if not entry:
             return None
         try:
-            with Folder(entry.pw_dir) as home:
+            with open_folder(entry.pw_dir) as home:
                 with contextlib.suppress(FileNotFoundError):
                     os.stat(self.options["hide_file"], dir_fd=home,
                             follow_symlinks=False)
@@ -1444,53 +1419,60 @@ class AccountsBackend:
                 if self.options["opt_in"] and read_file(
                         home, ".plan", entry.pw_uid) is None:
                     return None
-                return visit(entry, home)
+                lines = self._lines(entry, home, items)
+                return "".join(f"{line}\n" for line in lines if line)
         except OSError as error:
             if error.errno not in ABSENT:
                 raise
             return None         # the file may be there, and be out of sight
 
-    def _describe(self, items, entry, home):
-        """Give the lines of an account."""
+    def _lines(self, entry, home, items):
+        """Yield the lines of an account, and nothing for some."""
         name, *gecos = split_gecos(entry)
-        gecos = [text if item in items else "" for text, item
-                 in zip(gecos, ("office", "phone", "phone"))]
-        place = "\t".join(text for item, text in (
+        yield f"Login: {entry.pw_name:15}\t\t\tName: {name}"
+        yield "\t".join(text for item, text in (
             ("home", f"Directory: {entry.pw_dir:25}"),
             ("shell", f"Shell: {entry.pw_shell or '/bin/sh'}"))
             if item in items).rstrip(" ")
-        lines = [f"Login: {entry.pw_name:15}\t\t\tName: {name}\n",
-                 place + "\n" * bool(place), format_office(*gecos)]
+        yield from format_office(*(
+            text if item in items else "" for text, item
+            in zip(gecos, ("office", "phone", "phone"))))
         if "login" in items:
-            lines += self._login_lines(items, entry)
+            yield from self._login_lines(entry, items)
         for item in filter(items.__contains__, FILES):
-            lines.append(
-                format_mail(self.mail + entry.pw_name) if item == "mail" else
-                format_file(home, entry.pw_uid, item))
-        return "".join(lines)
+            yield (format_mail(self.mail + entry.pw_name) if item == "mail"
+                   else format_file(home, entry.pw_uid, item))
 
-    def _login_lines(self, items, entry):
+    def _login_lines(self, entry, items):
         """Yield a line for each login, and for a later one or the last."""
-        logins = [login for login in read_logins(self.utmp, items)
+        logins = [login for login in read_logins(self.utmp)
                   if login.name == entry.pw_name[:32]]
-        last = read_last_login(self.lastlog, items, entry.pw_uid)
+        records = read_records(self.lastlog, LASTLOG, entry.pw_uid,
+                               LASTLOG.size)
+        # It ends with the highest number that has ever logged in.
+        last: Any = Login(*(records or [(0, "", "")])[0])
         ttys = [login.tty for login in logins]
-        if last and logins and (last.tty in ttys or last.since
-                                <= min(login.since for login in logins)):
+        if records is None or logins and (last.tty in ttys or last.since
+                                          <= min(logins).since):
             last = None
         width = max(map(len, [*ttys, last.tty if last else ""]))
+
+        def place(login):
+            shown = login.host and "from" in items
+            return f" on {login.tty}" + f" from {login.host}" * bool(shown)
+
         for login in logins:
-            idle = ""
+            where, idle = place(login), ""
             if "idle" in items:
-                idle = format_idle(login.tty, "\n" * (" from " in login.place)
-                                  + " " * (width - len(login.tty) + 3))
-            yield f"On since {format_time(login.since)}{login.place}{idle}\n"
+                idle = format_idle(login.tty, "\n" * (" from " in where)
+                                   + " " * (width - len(login.tty) + 3))
+            yield f"On since {format_time(login.since)}{where}{idle}"
         if last and last.since:
             old = time.time() - last.since >= HALF_YEAR
             yield (f"Last login {format_time(last.since, '%Y ' * old)}"
-                   f"{last.place}\n")
+                   + place(last))
         elif last:
-            yield "Never logged in.\n"
+            yield "Never logged in."
 
 
 BACKENDS = {"accounts": AccountsBackend, "files": FilesBackend,

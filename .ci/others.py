@@ -246,9 +246,9 @@ class RealFingerTest(BackendCase):
             os.setuid(int(nobody))
             backend = fingerd_backends.AccountsBackend(
                 json.loads(options), print)
-            print(json.dumps([*(backend.lookup(name, False, "", 10)
+            print(json.dumps([*(backend.lookup(name, False, "::1", 10)
                                 for name in names),
-                              backend.user_list(True, "", 10)]))
+                              backend.user_list(True, "::1", 10)]))
             """, self.root, json.dumps(options), "65534", *self.PEOPLE))
 
     def test_says_the_same_byte_for_byte(self):
