@@ -2235,7 +2235,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
     daemon_threads = True       # we can end while a backend hangs
     stop_deadline = math.inf    # of a stop that has begun
 
-    def __init__(self, listeners: list[socket.socket], answers: Answers,
+    def __init__(self, listeners: list[Listener], answers: Answers,
                  log: Log) -> None:
         """Take over sockets that listen already and do not block."""
         socketserver.BaseServer.__init__(
@@ -2544,10 +2544,6 @@ class StartError(Exception):
     """A failure to report on the terminal; the exit status is 1."""
 
 
-class AbsentAddress(StartError):
-    """This system does not have an address, or its family."""
-
-
 @contextlib.contextmanager
 def attempt(what: str) -> Iterator[None]:
     """Turn an OSError into a StartError: cannot do what, and why."""
@@ -2563,6 +2559,11 @@ class Listener(socket.socket):
 
     passed = False          # by systemd, which goes on listening
 
+    def __init__(self, fd: int) -> None:
+        """Take over a socket that listens already."""
+        super().__init__(fileno=fd)
+        self.setblocking(False)
+
     def accept(self) -> tuple[Any, Any]:
         fd, address = self._accept()    # type: ignore[attr-defined]
         family = socket.AF_INET if len(address) == 2 else socket.AF_INET6
@@ -2575,32 +2576,32 @@ def address_text(address: tuple[Any, ...]) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def open_listeners(names: Iterable[tuple[str, int]]) -> list[socket.socket]:
+def open_listeners(names: Iterable[tuple[str, int]]) -> Iterator[Listener]:
     """Listen on each address of these names, or raise StartError.
 
     Addresses that are not on this system are skipped if a name has others.
     """
-    listeners: list[socket.socket] = []
-    with contextlib.ExitStack() as opened:      # closes them if one fails
-        for name in names:
-            host, port = name
-            found = find_addresses(host, port)
-            absent = []
-            for family, (number, _, *scope) in found:
-                address = (number, port, *scope)
-                if address in [each.getsockname() for each in listeners]:
+    taken: list[Any] = []
+    for name in names:
+        found = find_addresses(*name)
+        absent = 0
+        for family, address in found:
+            if address in taken:
+                continue
+            try:
+                sock = socket.create_server(address, family=family,
+                                            backlog=BACKLOG)
+            except OSError as error:
+                number = error.errno or 0   # its text names the address again
+                absent += number in ABSENT
+                if number in ABSENT and absent < len(found):
                     continue
-                try:
-                    listener = open_listener(family, address)
-                except AbsentAddress as error:
-                    absent.append(error)
-                    continue
-                listeners.append(opened.enter_context(listener))
-                port = listener.getsockname()[1]    # same for all of a name
-            if len(absent) == len(found):
-                raise absent[0]
-        opened.pop_all()
-    return listeners
+                raise StartError(
+                    f"cannot listen on {address_text(address)}:"
+                    f" {os.strerror(number).lower()}"
+                    + LISTEN_HINTS.get(number, "")) from None
+            taken.append(sock.getsockname())
+            yield Listener(sock.detach())
 
 
 def find_addresses(host: str, port: int) -> list[tuple[int, Any]]:
@@ -2615,47 +2616,28 @@ def find_addresses(host: str, port: int) -> list[tuple[int, Any]]:
         return [(info[0], info[4]) for info in infos]
 
 
-def open_listener(family: int, address: tuple[Any, ...]) -> Listener:
-    """Open one listening socket that does not block."""
-    try:
-        sock = socket.create_server(address, family=family, backlog=BACKLOG)
-    except OSError as error:
-        number = error.errno or 0       # its text names the address again
-        raise (AbsentAddress if number in ABSENT else StartError)(
-            f"cannot listen on {address_text(address)}:"
-            f" {os.strerror(number).lower()}"
-            + LISTEN_HINTS.get(number, "")) from None
-    listener = Listener(fileno=sock.detach())
-    listener.setblocking(False)
-    return listener
-
-
-def passed_listeners() -> list[socket.socket]:
-    """Take the sockets that systemd has opened."""
-    return [passed_listener(fd) for fd in range(3, 3 + count_passed())]
-
-
 def count_passed() -> int:
     """Count the sockets that systemd passes to us (sd_listen_fds(3))."""
     number = os.environ.get("LISTEN_FDS", "")
-    if os.environ.get("LISTEN_PID") != str(os.getpid()) or (
-            not re.fullmatch("[0-9]{1,4}", number)):
-        return 0
-    return int(number)
+    ours = os.environ.get("LISTEN_PID") == str(os.getpid())
+    return int(number) if ours and re.fullmatch("[0-9]{1,4}", number) else 0
 
 
-def passed_listener(fd: int) -> Listener:
-    with contextlib.suppress(OSError):      # it is not a socket
-        listener = Listener(fileno=fd)
-        if listener.family in (socket.AF_INET, socket.AF_INET6) and (
-                listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
-            listener.set_inheritable(False)
-            listener.setblocking(False)
-            listener.passed = True
-            return listener
-        listener.close()
-    raise StartError(f"LISTEN_FDS: descriptor {fd} is not a listening TCP"
-                     " socket; write ListenStream=79")
+def passed_listeners() -> Iterator[Listener]:
+    """Take the sockets that systemd has opened."""
+    for fd in range(3, 3 + count_passed()):
+        with contextlib.suppress(OSError):      # it is not a socket
+            listener = Listener(fd)
+            if listener.family in (socket.AF_INET, socket.AF_INET6) and (
+                    listener.getsockopt(socket.SOL_SOCKET,
+                                        socket.SO_ACCEPTCONN)):
+                listener.set_inheritable(False)
+                listener.passed = True
+                yield listener
+                continue
+            listener.close()
+        raise StartError(f"LISTEN_FDS: descriptor {fd} is not a listening TCP"
+                         " socket; write ListenStream=79")
 
 
 def fit_max_clients(config: Any, log: Log) -> None:
@@ -3044,7 +3026,7 @@ class Daemon:
         answers = Answers(self.config, self.log)
         with contextlib.ExitStack() as opened:
             # What systemd passes is for this process, not for its child.
-            listeners = passed_listeners()
+            passed = [*passed_listeners()]
             self.notifier = opened.enter_context(
                 Notifier(socket.AF_UNIX, socket.SOCK_DGRAM))
             self.notifier.find_systemd()
@@ -3056,9 +3038,9 @@ class Daemon:
             if daemon.pidfile:
                 pidfile = Pidfile(self.path(daemon.pidfile))
                 opened.callback(pidfile.remove)
-            listeners = listeners or open_listeners(self.config.server.listen)
-            for listener in listeners:
-                opened.enter_context(listener)
+            listeners = [
+                opened.enter_context(listener) for listener in
+                passed or open_listeners(self.config.server.listen)]
             self.open_log(self.config)
             self.give_up_rights(answers)
             fit_max_clients(self.config, self.log)
@@ -3121,7 +3103,7 @@ class Daemon:
         with attempt(what):
             self.log.open(settings, self.ids and self.ids[1:])
 
-    def report_ready(self, listeners: list[socket.socket]) -> None:
+    def report_ready(self, listeners: list[Listener]) -> None:
         """Write the first lines of the log, and report to systemd."""
         event = self.log.event
         for (section, name), text in self.config.raw_values.items():
