@@ -2937,9 +2937,8 @@ TURN = 0.0002                   # seconds the loop waits for a busy thread
 def daemonize() -> Callable[[], None]:
     """Continue in the background, in a session of its own (daemon(7)).
 
-    Only the daemon returns, with a function that ends the launching command
-    with status 0, and leaves its terminal.  If the daemon ends before it has
-    called that, the status is 1.
+    Gives a function that ends the launching command with status 0, and leaves
+    its terminal.  If the daemon ends without a call of it, the status is 1.
     """
     launcher, ready = os.pipe()
     if os.fork():
@@ -2961,7 +2960,10 @@ def daemonize() -> Callable[[], None]:
 
 
 def open_terminal() -> int | None:
-    """Open the terminal; None if there is none, or SIGHUP is ignored."""
+    """Open the terminal, which a chroot lacks; None if there is none.
+
+    If SIGHUP is ignored (nohup), the end of the terminal does not matter.
+    """
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         return None
     try:
@@ -3123,26 +3125,23 @@ class Daemon:
         self.server.chores[self.write_stats] = now + self.write_stats()
 
     def write_stats(self) -> float:
-        """Write the stats, if the config names a file for them.
-
-        Gives the seconds until the next time.
-        """
+        """Write the stats, if wanted; give the seconds until the next time."""
         server, name = self.server, self.config.server.stats
         if not name:
             server.stats = None
             return math.inf
         stats = server.stats = server.stats or Stats()
-        path, failing = self.path(name), ""
+        path = self.path(name)
         try:
             replace_file(path, stats.text(
                 server.hosts.total, server.lookups.threads.total,
                 self.reloads))
+            stats.failing = ""
         except OSError as error:
-            failing = path
             if stats.failing != path:
                 self.log.event("warning", "failed", stats=path,
                                reason=reason(error))
-        stats.failing = failing
+            stats.failing = path
         return STATS_PERIOD
 
     def report_end(self) -> None:
@@ -3178,10 +3177,7 @@ class Daemon:
         self.server.stop()
 
     def hang_up(self) -> None:
-        """Stop if the terminal that started us has gone, else reload.
-
-        The terminal is open already: a chroot has no /dev/tty.
-        """
+        """Stop if the terminal that started us has gone, else reload."""
         try:
             if self.terminal is not None:
                 os.tcgetpgrp(self.terminal)
@@ -3252,8 +3248,7 @@ class Daemon:
 
 # ---- Actions --------------------------------------------------------------
 
-DEFAULT_TIMEOUT = 60.0          # seconds, for --stop with a bad config
-STOP_WAIT = 5.0                 # seconds that --stop adds to the timeout
+STOP_WAIT = 60.0                # seconds that --stop adds to the timeout
 
 
 def check_and_start(args: Any, log: Log, reader: Callable[..., Any]) -> None:
@@ -3317,10 +3312,8 @@ def print_reply(args: Any, log: Log, reader: Callable[..., Any]) -> int:
         raise ConfigError(f'--from: "{client}" is not an address; write'
                           " e.g. --from 192.0.2.7") from None
     answers = Answers(config, log)
-    ids = choose_ids(config.daemon) if os.geteuid() == 0 else None
-    if ids:                     # no program is run as root
-        load_late_imports()
-        drop_privileges(*ids)
+    if os.geteuid() == 0:       # no program is run as root
+        Daemon(config, log, reader).give_up_rights(answers)
     reply = answer_line(answers, os.fsencode(args.query) + b"\n", client)
     say(reply.data.decode())
     return 1 if reply.outcome == "failed" else 0
@@ -3368,8 +3361,13 @@ def control(args: Any, reader: Callable[..., Any]) -> int:
         if errors:
             complain(errors)
         return 1 if errors else 0
-    wait_for_end(path, pid, STOP_WAIT + (
-        DEFAULT_TIMEOUT if errors else config.limits.timeout))
+    timeout = STOP_WAIT + (config.limits.timeout if config else 0)
+    until = time.monotonic() + timeout
+    while find_daemon(path)[0] == pid:
+        if time.monotonic() > until:
+            raise StartError(f"pid {pid} has not ended in {timeout:.0f}"
+                             " seconds")
+        time.sleep(0.02)
     return 0
 
 
@@ -3388,16 +3386,6 @@ def print_status(path: str) -> int:
         return 1
     say("fingerd is not running\n")
     return 3
-
-
-def wait_for_end(path: str, pid: int, timeout: float) -> None:
-    """Wait until the daemon no longer holds the pidfile."""
-    until = time.monotonic() + timeout
-    while find_daemon(path)[0] == pid:
-        if time.monotonic() > until:
-            raise StartError(f"pid {pid} has not ended in {timeout:.0f}"
-                             " seconds")
-        time.sleep(0.02)
 
 
 def serve_inetd(args: Any, log: Log, reader: Callable[..., Any]) -> None:

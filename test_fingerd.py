@@ -4027,6 +4027,15 @@ class PrivilegesTest(unittest.TestCase):
                 run_fingerd("--config", path, "--query", "x", fresh=True),
                 (0, f"{pwd.getpwnam('nobody').pw_uid}\n", ""))
 
+    def test_a_query_from_the_command_line_is_answered_in_the_chroot(self):
+        with config_file("[server]\nbackend = files\n[files]\n"
+                         "directory = /\n") as path:
+            root = os.path.dirname(path)
+            write_file(root, "bob.txt", "inside\n")
+            self.assertEqual(run_fingerd("--config", path, "--chroot", root,
+                                         "--query", "bob"),
+                             (0, "inside\n", ""))
+
     @contextlib.contextmanager
     def forger(self, path, text):
         """Have nobody write a pidfile and lock it; give the process."""
