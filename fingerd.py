@@ -2821,9 +2821,8 @@ def unreadable_config(config: Any, ids: tuple[int, ...] = ()) -> str:
     It checks owners and modes for the uid and gid of the daemon: ids, or
     those that it will have.
     """
-    if not ids:
-        with contextlib.suppress(StartError):
-            ids = (choose_ids(config.daemon) or ("",))[1:]
+    with contextlib.suppress(StartError):
+        ids = ids or (choose_ids(config.daemon) or ())[1:]
     if not ids:         # the daemon keeps ours, and we have read the config
         return ""
     uid, gid = ids
@@ -2888,44 +2887,36 @@ def open_log_file(path: str, owner: tuple[int, int] | None) -> int:
     owners = {0, os.geteuid(), *(owner or ())[:1]}
     if os.geteuid() == 0:
         check_directories(os.path.dirname(path), owners)
-    try:
-        fd = os.open(path, LOG_FLAGS | os.O_CREAT | os.O_EXCL, 0o640)
-    except FileExistsError:
-        return open_existing_log(path, owners)
-    if owner:
-        os.fchown(fd, *owner)
-    return fd
-
-
-def open_existing_log(path: str, owners: Container[int]) -> int:
-    """Open a log that belongs to one of these users."""
-    try:
-        fd = os.open(path, LOG_FLAGS)
+    if not os.path.islink(path):        # else LOG_FLAGS refuse it, too
+        try:
+            fd = os.open(path, LOG_FLAGS)
+        except FileNotFoundError:
+            fd = os.open(path, LOG_FLAGS | os.O_CREAT | os.O_EXCL, 0o640)
+            if owner:
+                os.fchown(fd, *owner)
         info = os.fstat(fd)
         if path == os.devnull or info.st_uid in owners and (
                 is_lone_file(info) or stat.S_ISFIFO(info.st_mode)):
             return fd
         os.close(fd)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EMLINK):      # a symlink
-            raise
     raise OSError(f"{path} is a link, a device or another user's; name"
                   " another file, or write to = stderr")
 
 
-def check_directories(last: str, owners: Container[int]) -> None:
-    """Refuse a directory that others could replace by a symlink."""
-    path = last
-    while True:
-        info = os.lstat(path)
-        link = stat.S_ISLNK(info.st_mode)
-        writable = not link and info.st_mode & stat.S_IWOTH and (
-            not info.st_mode & stat.S_ISVTX)
-        if (link or path != last) and (writable or info.st_uid not in owners):
-            raise OSError(f"others can change {path}; name another file")
-        if path == os.path.dirname(path):
-            return
-        path = os.path.dirname(path)
+def check_directories(path: str, owners: Container[int],
+                      last: bool = True) -> None:
+    """Refuse a path to a log that others could lead elsewhere by a symlink.
+
+    The last directory may be theirs: then the log itself is looked at.
+    """
+    info = os.lstat(path)
+    link = stat.S_ISLNK(info.st_mode)
+    shared = not link and (
+        info.st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH)
+    if (link or not last) and (shared or info.st_uid not in owners):
+        raise OSError(f"others can change {path}; name another file")
+    if path != os.path.dirname(path):
+        check_directories(os.path.dirname(path), owners, last=False)
 
 
 # ---- Process --------------------------------------------------------------
