@@ -1544,11 +1544,9 @@ def connect_before(deadline: float, found: Any) -> socket.socket:
 
 def is_own_end(sock: socket.socket) -> bool:
     """Does this connection lead back to this host?"""
-    import ipaddress  # only needed if we forward to one of our port numbers
-    peer = plain_address(sock.getpeername()[0])
-    address = ipaddress.ip_address(peer)
-    return (address.is_loopback or address.is_unspecified
-            or peer == plain_address(sock.getsockname()[0]))
+    peer, own = (plain_address(address[0]) for address
+                 in (sock.getpeername(), sock.getsockname()))
+    return peer == own or peer.startswith("127.")
 
 
 def seconds_left(deadline: float) -> float:
