@@ -974,9 +974,6 @@ class FilesBackend:
             options[row[0]] for row in self.settings)
         refuse(not self.directory
                and "directory: is empty; write e.g. /srv/finger",
-               ("/" in self.index or self.index in (".", ".."))
-               and f'index: "{self.index}" is not the name of a file in the'
-               " directory; write e.g. index.txt",
                self.index and self.listed
                and "list: index answers the user list; leave one out")
 
@@ -987,13 +984,9 @@ class FilesBackend:
         files = [name + end for name in dict.fromkeys((user, user.lower()))
                  for end in ("", ".txt")]
         with open_folder(self.directory) as folder:
-            for file in files:
-                if file.lower() == self.index.lower():
-                    continue
-                text = read_file(folder, file)
-                if text is not None:
-                    return text
-        return None
+            texts = (read_file(folder, file) for file in files
+                     if file.lower() != self.index.lower())
+            return next((text for text in texts if text is not None), None)
 
     def user_list(self, verbose, client, timeout):
         """Give the text of the index, or of a list; None: no such setting."""
@@ -1178,7 +1171,6 @@ ITEMS = ("home", "shell", "office", "phone", "login", "from", "idle", *FILES)
 SAME_TIME = 0.02        # seconds that an unknown user takes at least
 HALF_YEAR = 365 * 86400 / 2     # seconds: an older login is shown with year
 MAX_MATCHES = 8         # accounts of one real name: as names in a query
-MATCH_TIME = 60         # seconds between two walks through all of passwd
 # utmp(5) and lastlog(5) of glibc: their times have 32 bits, or 64.
 WIDE = os.uname().machine in ("aarch64", "alpha", "ia64", "loongarch64")
 UTMP = struct.Struct("=h6x32s4x32s256s8x" + ("4xI52x" if WIDE else "I40x"))
@@ -1327,8 +1319,6 @@ class AccountsBackend:
                not options["hide_file"]
                and "hide_file: is empty; write e.g. .nofinger")
         self.uids = range(int(numbers[1]), int(numbers[2]) + 1)
-        self.lock = threading.Lock()
-        self.index_names = functools.lru_cache(maxsize=1)(self._index_names)
 
     def enter_chroot(self, path):
         raise ValueError("chroot: hides the accounts; leave it out, or take"
@@ -1362,14 +1352,12 @@ class AccountsBackend:
             return "No one logged on.\n"
         if verbose:
             return "\n".join(text for _, text in filter(None, shown.values()))
+        lines = sorted(
+            f"{login.name:14}  {shown[login.name][0]:24}  "
+            + time.strftime("%b %e %R\n", time.localtime(login.since))
+            for login in logins)
         # rogallo makes a menu of a table with this first line.
-        rows = [("Login", "Name", "Login Time"), *sorted(
-            (login.name, shown[login.name][0],
-             time.strftime("%b %e %R", time.localtime(login.since)))
-            for login in logins)]
-        widths = [max(map(len, column)) + 2 for column in zip(*rows)]
-        return "".join(f"{login:{widths[0]}}{name:{widths[1]}}{since}\n"
-                       for login, name, since in rows)
+        return f"{'Login':14}  {'Name':24}  Login Time\n" + "".join(lines)
 
     def _items(self, client):
         """Give what is shown to a client."""
@@ -1391,20 +1379,11 @@ class AccountsBackend:
             return []
         logins = [name, name.lower()]
         if self.options["match_names"]:
-            with self.lock:     # a thread that waits finds it done
-                names = self.index_names(time.monotonic() // MATCH_TIME)
-            logins += names.get(name.lower(), [])[:MAX_MATCHES]
+            logins += [entry.pw_name for entry in self.passwd.getpwall()
+                       if entry.pw_uid in self.uids and name.lower()
+                       in split_gecos(entry)[0].lower().split()][:MAX_MATCHES]
         entries = filter(None, map(self._account, dict.fromkeys(logins)))
         return {entry.pw_name: entry for entry in entries}.values()
-
-    def _index_names(self, minute):
-        """Give the logins of those with a word in their full names."""
-        names: dict = {}
-        for entry in self.passwd.getpwall():
-            for word in split_gecos(entry)[0].lower().split():
-                if entry.pw_uid in self.uids:
-                    names.setdefault(word, []).append(entry.pw_name)
-        return names
 
     def _show(self, entry, items):
         """Give the lines of an account; None if it is hidden."""
