@@ -1496,12 +1496,16 @@ def plain_address(host: str) -> str:
 
 
 def find_host(host: str, port: int) -> Any:
-    """Give the addresses of a host as getaddrinfo() does; raise OSError."""
+    """Give the addresses of a host as getaddrinfo() does; raise OSError.
+
+    For * these are the addresses to listen on.
+    """
     try:
         return CHROOT_HOSTS.get((host, port)) or socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM)
+            None if host == "*" else host, port, type=socket.SOCK_STREAM,
+            flags=socket.AI_PASSIVE)
     except UnicodeError:
-        raise OSError("is not a host name") from None
+        raise OSError("not a host name") from None
 
 
 def fetch_finger(found: Any, line: str, limit: int, deadline: float,
@@ -2130,6 +2134,8 @@ class Door:
 
     def __init__(self, listeners, log):
         self.listeners = listeners
+        for listener in listeners:
+            listener.setblocking(False)
         self.log = log
         self.watched = False            # does the selector watch them?
         self.accepts = 8.0              # in a row
@@ -2235,7 +2241,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     def __init__(self, listeners: list[Listener], answers: Answers,
                  log: Log) -> None:
-        """Take over sockets that listen already and do not block."""
+        """Take over sockets that listen already."""
         socketserver.BaseServer.__init__(
             self, listeners[0].getsockname() if listeners else ("", 0),
             FingerHandler)
@@ -2557,11 +2563,6 @@ class Listener(socket.socket):
 
     passed = False          # by systemd, which goes on listening
 
-    def __init__(self, fd: int) -> None:
-        """Take over a socket that listens already."""
-        super().__init__(fileno=fd)
-        self.setblocking(False)
-
     def accept(self) -> tuple[Any, Any]:
         fd, address = self._accept()    # type: ignore[attr-defined]
         family = socket.AF_INET if len(address) == 2 else socket.AF_INET6
@@ -2581,9 +2582,10 @@ def open_listeners(names: Iterable[tuple[str, int]]) -> Iterator[Listener]:
     """
     taken: list[Any] = []
     for name in names:
-        found = find_addresses(*name)
+        with attempt(f"listen on {address_text(name)}"):
+            found = find_host(*name)
         absent = 0
-        for family, address in found:
+        for family, _, _, _, address in found:
             if address in taken:
                 continue
             try:
@@ -2599,19 +2601,7 @@ def open_listeners(names: Iterable[tuple[str, int]]) -> Iterator[Listener]:
                     f" {os.strerror(number).lower()}"
                     + LISTEN_HINTS.get(number, "")) from None
             taken.append(sock.getsockname())
-            yield Listener(sock.detach())
-
-
-def find_addresses(host: str, port: int) -> list[tuple[int, Any]]:
-    """Give the families and addresses of a host; of all for *."""
-    with attempt(f"listen on {address_text((host, port))}"):
-        try:
-            infos = socket.getaddrinfo(None if host == "*" else host, port,
-                                       type=socket.SOCK_STREAM,
-                                       flags=socket.AI_PASSIVE)
-        except UnicodeError:
-            raise OSError("not a host name") from None
-        return [(info[0], info[4]) for info in infos]
+            yield Listener(fileno=sock.detach())
 
 
 def count_passed() -> int:
@@ -2625,7 +2615,7 @@ def passed_listeners() -> Iterator[Listener]:
     """Take the sockets that systemd has opened."""
     for fd in range(3, 3 + count_passed()):
         with contextlib.suppress(OSError):      # it is not a socket
-            listener = Listener(fd)
+            listener = Listener(fileno=fd)
             if listener.family in (socket.AF_INET, socket.AF_INET6) and (
                     listener.getsockopt(socket.SOL_SOCKET,
                                         socket.SO_ACCEPTCONN)):
@@ -2639,7 +2629,7 @@ def passed_listeners() -> Iterator[Listener]:
 
 
 def fit_max_clients(config: Any, log: Log) -> None:
-    """Raise the limit of descriptors; lower clients and threads to fit."""
+    """Raise the limit of descriptors; lower max_clients to fit."""
     limits = config.limits
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
@@ -2648,23 +2638,19 @@ def fit_max_clients(config: Any, log: Log) -> None:
     if soft == resource.RLIM_INFINITY:
         return
     clients = soft - SPARE_DESCRIPTORS
-    threads = limits.max_threads
     if config.server.forward or any(
             backend.waits for _, backend in config.backends):
-        threads = min(threads, max(1, clients // 2 // LOOKUP_DESCRIPTORS))
-        clients -= LOOKUP_DESCRIPTORS * threads
-    for name, most in (("max_threads", threads),
-                       ("max_clients", max(1, clients))):
-        configured = getattr(limits, name)
-        if most < configured:
-            setattr(limits, name, most)
-            log.event("notice", "limits", **{name: most}, descriptors=soft,
-                      configured=configured)
+        clients -= LOOKUP_DESCRIPTORS * limits.max_threads
+    clients = max(1, clients)
+    if clients < limits.max_clients:
+        log.event("notice", "limits", max_clients=clients, descriptors=soft,
+                  configured=limits.max_clients)
+        limits.max_clients = clients
 
 
 # ---- Pidfile --------------------------------------------------------------
 
-PIDFILE_FLAGS = os.O_CLOEXEC | os.O_NOCTTY | os.O_NOFOLLOW | os.O_NONBLOCK
+SAFE_FLAGS = os.O_NOCTTY | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 def is_lone_file(info: os.stat_result) -> bool:
@@ -2672,54 +2658,49 @@ def is_lone_file(info: os.stat_result) -> bool:
     return stat.S_ISREG(info.st_mode) and info.st_nlink < 2
 
 
-class Pidfile:
-    """A file with the number of the process, locked while the daemon runs.
+@contextlib.contextmanager
+def hold_pidfile(path: str) -> Iterator[None]:
+    """Keep a pidfile locked, with our number; empty it in the end.
+
+    Meanwhile do not open it: the close would end the lock.  Forks do not hold
+    it.
+    """
+    with attempt("lock the pidfile"):
+        fd = lock_pidfile(path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):      # it may be outside a chroot
+            os.ftruncate(fd, 0)
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                os.unlink(path)
+        os.close(fd)
+
+
+def lock_pidfile(path: str) -> int:
+    """Lock a pidfile, created if need be, and write our number into it.
 
     The lock is one of lockf(3), as the system can name the process that holds
     it.  The number alone proves nothing: a crash leaves it behind, and another
     user may have written it.
     """
-
-    def __init__(self, path: str) -> None:
-        """Lock the file, created if need be; StartError if another has it.
-
-        Do not fork or open the file after this: it would lose the lock.
-        """
-        self.path = path
-        with attempt("lock the pidfile"):
-            while not self.lock():
-                pid, _ = find_daemon(path)
-                if pid:
-                    raise StartError(
-                        f"already running, pid {pid} ({path} is locked)")
-
-    def lock(self) -> bool:
-        """Try once to lock the file, and write the number."""
-        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | PIDFILE_FLAGS,
-                          0o600)        # who can read a file can lock it
-        try:
-            read_pidfile(self.fd, self.path)
-            if os.fstat(self.fd).st_uid not in (0, os.geteuid()):
-                raise StartError(f"{self.path} belongs to another user;"
-                                 " remove it, or name another pidfile")
-            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A daemon that ended since the open may have removed the file.
-            if os.path.samestat(os.fstat(self.fd), os.stat(self.path)):
-                os.ftruncate(self.fd, 0)
-                os.pwrite(self.fd, b"%d\n" % os.getpid(), 0)
-                return True
-        except (BlockingIOError, FileNotFoundError):
-            pass
-        os.close(self.fd)
-        return False
-
-    def remove(self) -> None:
-        """Empty the file, remove it if we may, and end the lock."""
-        with contextlib.suppress(OSError):      # it may be outside a chroot
-            os.ftruncate(self.fd, 0)
-            if os.path.samestat(os.fstat(self.fd), os.stat(self.path)):
-                os.unlink(self.path)
-        os.close(self.fd)
+    while True:
+        fd = os.open(path, SAFE_FLAGS | os.O_RDWR | os.O_CREAT,
+                     0o600)             # who can read a file can lock it
+        read_pidfile(fd, path)
+        if os.fstat(fd).st_uid not in (0, os.geteuid()):
+            raise StartError(f"{path} belongs to another user; remove it, or"
+                             " name another pidfile")
+        with contextlib.suppress(BlockingIOError):
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_nlink:   # else one that has ended removed it
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+                return fd
+        os.close(fd)
+        pid, _ = find_daemon(path)
+        if pid:
+            raise StartError(f"already running, pid {pid} ({path} is locked)")
 
 
 def read_pidfile(fd: int, path: str) -> int:
@@ -2739,7 +2720,7 @@ def find_daemon(path: str) -> tuple[int, int]:
     """
     with attempt("read the pidfile"):
         try:
-            fd = os.open(path, os.O_RDONLY | PIDFILE_FLAGS)
+            fd = os.open(path, SAFE_FLAGS | os.O_RDONLY)
         except FileNotFoundError:
             return 0, 0
         try:
@@ -2748,12 +2729,11 @@ def find_daemon(path: str) -> tuple[int, int]:
             owner = os.fstat(fd).st_uid
         finally:
             os.close(fd)
-    if pid and number not in (0, pid):
-        raise StartError(f"{path} names pid {number}, but is locked by pid"
-                         f" {pid}; not believed")
-    if pid and owner not in (0, os.geteuid(), *process_ids(pid)[:1]):
-        raise StartError(f"{path} does not belong to the user of pid {pid},"
-                         " which has locked it; not believed")
+    if pid and (number not in (0, pid) or owner not in (
+            0, os.geteuid(), *process_ids(pid)[:1])):
+        raise StartError(f"{path} names pid {number} and belongs to uid"
+                         f" {owner}, but pid {pid} has locked it; not"
+                         " believed")
     return pid, number
 
 
@@ -2787,10 +2767,6 @@ def process_ids(pid: int) -> tuple[int, ...]:
 
 
 # ---- Privileges -----------------------------------------------------------
-
-LOG_FLAGS = (os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY
-             | os.O_NOFOLLOW | os.O_NONBLOCK)   # no wait for a pipe's reader
-
 
 def choose_ids(daemon: Any) -> tuple[str, int, int] | None:
     """Choose the name, uid and gid to become; None if they stay the same."""
@@ -2885,11 +2861,12 @@ def open_log_file(path: str, owner: tuple[int, int] | None) -> int:
     owners = {0, os.geteuid(), *(owner or ())[:1]}
     if os.geteuid() == 0:
         check_directories(os.path.dirname(path), owners)
-    if not os.path.islink(path):        # else LOG_FLAGS refuse it, too
+    flags = SAFE_FLAGS | os.O_WRONLY | os.O_APPEND
+    if not os.path.islink(path):        # which the flags refuse, too
         try:
-            fd = os.open(path, LOG_FLAGS)
+            fd = os.open(path, flags)
         except FileNotFoundError:
-            fd = os.open(path, LOG_FLAGS | os.O_CREAT | os.O_EXCL, 0o640)
+            fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o640)
             if owner:
                 os.fchown(fd, *owner)
         info = os.fstat(fd)
@@ -3027,8 +3004,7 @@ class Daemon:
             signal.pthread_sigmask(signal.SIG_BLOCK,
                                    {*SIGNALS} - {signal.SIGINT})
             if daemon.pidfile:
-                pidfile = Pidfile(self.path(daemon.pidfile))
-                opened.callback(pidfile.remove)
+                opened.enter_context(hold_pidfile(self.path(daemon.pidfile)))
             listeners = [
                 opened.enter_context(listener) for listener in
                 passed or open_listeners(self.config.server.listen)]
