@@ -2759,11 +2759,10 @@ def lock_holder(fd: int) -> int:
 
 def process_ids(pid: int) -> tuple[int, ...]:
     """Give the uid and gid of a process; () if the system does not say."""
-    try:
+    with contextlib.suppress(OSError):
         info = os.stat(f"/proc/{pid}")
-    except OSError:
-        return ()
-    return info.st_uid, info.st_gid
+        return info.st_uid, info.st_gid
+    return ()
 
 
 # ---- Privileges -----------------------------------------------------------
