@@ -4901,7 +4901,6 @@ class System:
     def __init__(self, folder):
         self.folder = folder
         self.entries = {}
-        self.walks = 0              # through all entries
 
     def add(self, name, gecos="", uid=None, **files):
         """Make an account with these files in its home; give the last path."""
@@ -4923,7 +4922,6 @@ class System:
         return self.entries[name]
 
     def getpwall(self):
-        self.walks += 1
         return list(self.entries.values())
 
     def make(self, case, **options):
@@ -5118,8 +5116,8 @@ class BackendContract(BackendCase):
 
     def test_keeps_to_the_timeout(self):
         backend = self.make_known()
-        for seconds in (0.15, 0, -1):
-            with self.takes(seconds, 0.15 + PROMPT):
+        for seconds in (0.05, 0, -1):
+            with self.takes(seconds, PROMPT):
                 self.assert_fails(self.late, self.ask, backend, "slow",
                                   False, seconds, kind=TimeoutError)
 
@@ -6535,7 +6533,8 @@ class RemoteBackendTest(BackendCase):
 
     def test_asks_once_for_all_that_ask_the_same_at_the_same_time(self):
         backend = self.make(fingerd.RemoteBackend, host=("127.0.0.1", 0))
-        asked = backend.asked["x"] = threading.Event(), []
+        asked: Any = (threading.Event(), [])
+        backend.asked["x"] = asked
         late = "the same was asked before, and got no answer"
         self.assert_fails(late, self.ask, backend, "x", False, 0.01,
                           kind=TimeoutError)
@@ -6721,11 +6720,11 @@ class FilesBackendTest(BackendCase):
                 program.start("--chroot", program.directory, fresh=True),
                 (0, "", ""))
             for number in range(2):
-                for name, text in ((b"BOB", b"Bob\r\n"), (b"moshez", HAPPY),
-                                   (b"alice", b"I am alice.\r\n")):
+                for user, reply in ((b"BOB", b"Bob\r\n"), (b"moshez", HAPPY),
+                                    (b"alice", b"I am alice.\r\n")):
                     with connect(program.address, "127.0.0.2") as sock:
-                        sock.sendall(name + b"\r\n")
-                        self.assertEqual(read_all(sock), text)
+                        sock.sendall(user + b"\r\n")
+                        self.assertEqual(read_all(sock), reply)
                 os.kill(program.pid, signal.SIGHUP)
                 program.wait_log("reloaded", number + 1)
 
@@ -6753,61 +6752,6 @@ PEOPLE = """
     """
 
 
-class FakeDatabase(types.ModuleType):
-    """A DB-API 2 module whose server a test stops, and starts again.
-
-    `connections` has those that were made, each with its words and events.
-    """
-
-    paramstyle = "pyformat"
-    threadsafety = 1
-    Error = type("Error", (Exception,), {})
-    OperationalError = type("OperationalError", (Error,), {})
-    ProgrammingError = type("ProgrammingError", (Error,), {})
-    DataError = IntegrityError = NotSupportedError = ProgrammingError
-
-    def __init__(self):
-        super().__init__("fake_database")
-        self.connections = []
-        self.up = True
-        self.hold = threading.Event()
-        self.hold.set()
-
-    def connect(self, **words):
-        if not self.up:
-            raise self.OperationalError("the server is\nnot there")
-        self.connections.append(FakeConnection(self, words))
-        return self.connections[-1]
-
-    def open(self):
-        return [connection for connection in self.connections
-                if "close" not in connection.events]
-
-
-class FakeConnection:
-    def __init__(self, module, words):
-        self.module, self.words = module, words
-        self.alive, self.events = True, []
-
-    def cursor(self):
-        return types.SimpleNamespace(
-            description=(("text",),), execute=self.execute,
-            fetchmany=lambda number: [["I am here"]], close=lambda: None)
-
-    def execute(self, query, *parameters):
-        self.events.append((query, *parameters))
-        if not self.module.hold.wait(HANG) or not self.alive:
-            raise self.module.OperationalError("the connection is lost")
-        if parameters == (["typo"],):
-            raise self.module.ProgrammingError("there is a typo")
-
-    def rollback(self):
-        self.events.append("rollback")
-
-    def close(self):
-        self.events.append("close")
-
-
 class SqlBackendTest(BackendCase):
 
     def setUp(self):
@@ -6819,12 +6763,22 @@ class SqlBackendTest(BackendCase):
     def make_sql(self, **options):
         return self.make(SqlBackend, database=self.path, **options)
 
-    def make_fake(self, **options):
-        """Make a backend for a module that does what the test wants."""
-        module = FakeDatabase()
-        self.enter(mock.patch.dict(sys.modules, fake_database=module))
-        options = {"query": "SELECT %s", **options}
-        return module, self.make(SqlBackend, module="fake_database", **options)
+    def make_fake(self, execute=None, **options):
+        """Make a backend of a module whose connections are mocks."""
+        def connect(**words):
+            connection = mock.MagicMock()
+            cursor = connection.cursor.return_value
+            cursor.description = (("text",),)
+            cursor.execute.side_effect = execute
+            cursor.fetchmany.return_value = [["I am here"]]
+            self.connections.append(connection)
+            return connection
+        self.connections: list[Any] = []
+        module = mock.MagicMock(paramstyle="pyformat", threadsafety=1)
+        module.connect.side_effect = connect
+        self.enter(mock.patch.dict(sys.modules, fake=module))
+        return module, self.make(
+            SqlBackend, module="fake", query="SELECT %s", **options)
 
     def test_the_name_is_a_parameter_whatever_is_in_it(self):
         names = ["' OR '1'='1", "'; DROP TABLE people; --", '"', "%", "?", "_",
@@ -6867,8 +6821,7 @@ class SqlBackendTest(BackendCase):
         for query, text in (
                 ("SELECT name FROM people WHERE name > 'x'", ""),
                 (endless, "x\n" * fingerd_backends.MAX_ROWS)):
-            backend = self.make_sql(list_query=query)
-            self.assertEqual(self.list(backend), text)
+            self.assertEqual(self.list(self.make_sql(list_query=query)), text)
 
     def test_changes_nothing_and_makes_no_file(self):
         for query in ("DELETE FROM people WHERE name = ?",
@@ -6885,17 +6838,15 @@ class SqlBackendTest(BackendCase):
 
     def test_waits_for_a_busy_database_up_to_the_deadline(self):
         backend = self.make_sql()
-        self.assertEqual(self.ask(backend, "alice"), "I am alice.\n")
         with contextlib.closing(sqlite3.connect(
                 self.path, check_same_thread=False)) as writer:
             writer.execute("BEGIN EXCLUSIVE")
-            with self.takes(0.2, 0.2 + PROMPT):
+            with self.takes(0.05, PROMPT):
                 self.assert_fails("locked", self.ask, backend, "alice", False,
-                                  0.2, kind=TimeoutError)
-            timer = threading.Timer(0.2, writer.rollback)
+                                  0.05, kind=TimeoutError)
+            timer = threading.Timer(0.05, writer.rollback)
             timer.start()
-            with self.takes(0.1, PROMPT):
-                self.assertEqual(self.ask(backend, "alice"), "I am alice.\n")
+            self.assertEqual(self.ask(backend, "alice"), "I am alice.\n")
             timer.join()
 
     def test_a_database_that_is_replaced_is_found(self):
@@ -6915,62 +6866,59 @@ class SqlBackendTest(BackendCase):
             list_query="SELECT 'a%'")
         self.assertEqual(self.ask(backend, "alice"), "I am here\n")
         self.assertEqual(self.list(backend), "I am here\n")
-        connection, = module.connections
-        self.assertEqual(connection.words, {
+        module.connect.assert_called_once_with(**{
             "dbname": "people", "port": 5432, "timeout": -1, "host": "::1",
             "empty": "", "p1": "a'b", "password": "1 2", "quoted": "7",
             "options": "-c a=b"})
-        self.assertEqual(connection.events, [
-            ("SELECT %s", ["alice"]), "rollback", ("SELECT 'a%'",),
-            "rollback"])
+        call, expected = mock.call, []
+        for words in (("SELECT %s", ["alice"]), ("SELECT 'a%'",)):
+            expected += [
+                call.cursor(), call.cursor().execute(*words),
+                call.cursor().fetchmany(fingerd_backends.MAX_ROWS),
+                call.cursor().close(), call.rollback()]
+        self.assertEqual(self.connections[0].mock_calls, expected)
+        del backend
+        gc.collect()
+        self.assertEqual(self.connections[0].mock_calls,
+                         [*expected, call.close()])
 
-    def test_connects_again_when_the_server_has_been_away(self):
-        module, backend = self.make_fake()
-        module.hold.clear()
-        threading.Timer(0.2, module.hold.set).start()
-        self.assertEqual(set(in_threads(
-            [lambda: self.ask(backend, "alice")] * 5)), {"I am here\n"})
-        self.assertEqual(len(module.connections), 5)
-        for connection in module.connections:
-            connection.alive = False
-        module.up = False
-        self.assert_fails("OperationalError: the server is not there",
-                          self.ask, backend, "alice")
-        module.up = True
+    def test_has_as_many_connections_as_threads_and_new_ones_for_dead(self):
+        hold = threading.Event()
+        module, backend = self.make_fake(lambda *args: hold.wait(HANG))
+        backend.limit_threads(5)
+        asked = functools.partial(self.ask, backend, "alice")
+
+        def release():
+            wait_until(lambda: len(self.connections) == 5, "connections")
+            self.assert_fails("all connections are in use", self.ask, backend,
+                              "alice", False, 0.01, kind=TimeoutError)
+            hold.set()
+        self.assertEqual(in_threads([release] + [asked] * 9),
+                         [None] + ["I am here\n"] * 9)
+        self.assertEqual(len(self.connections), 5)
+        for connection in self.connections:
+            connection.cursor.side_effect = OSError
+        connect, module.connect.side_effect = (
+            module.connect.side_effect, LookupError)
+        self.assert_fails("LookupError", asked)
+        module.connect.side_effect = connect
         for _ in range(5):
-            self.assertEqual(self.ask(backend, "alice"), "I am here\n")
-        self.assertEqual(len(module.open()), 4)
+            self.assertEqual(asked(), "I am here\n")
+        self.assertEqual([bool(connection.close.called) for connection
+                          in self.connections].count(True), 2)
+        self.assertEqual(len(self.connections), 6)
 
     def test_a_query_that_fails_is_tried_again_once_and_closes_both(self):
-        module, backend = self.make_fake()
+        def execute(query, parameters):
+            if parameters == ["typo"]:
+                raise LookupError("there is\na typo")
+        _, backend = self.make_fake(execute)
         self.assertEqual(self.ask(backend, "alice"), "I am here\n")
-        self.assert_fails("ProgrammingError: there is a typo", self.ask,
-                          backend, "typo")
-        self.assertEqual([connection.events for connection
-                          in module.connections], [
-            [("SELECT %s", ["alice"]), "rollback", ("SELECT %s", ["typo"]),
-             "close"], [("SELECT %s", ["typo"]), "close"]])
-
-    def test_has_no_more_connections_than_threads_also_late_ones(self):
-        module, backend = self.make_fake()
-        backend.limit_threads(3)
-        module.hold.clear()
-        asked = functools.partial(self.ask, backend, "alice")
-        late = [threading.Thread(target=asked) for _ in range(3)]
-        for thread in late:
-            thread.start()
-        wait_until(lambda: len(module.connections) == 3, "three connections")
-        with self.takes(0.1, PROMPT):
-            self.assert_fails("all connections are in use", self.ask, backend,
-                              "alice", False, 0.1, kind=TimeoutError)
-        module.hold.set()
-        self.assertEqual(set(in_threads([asked] * 9)), {"I am here\n"})
-        for thread in late:
-            thread.join(HANG)
-        self.assertEqual(len(module.connections), 3)
-        del backend, asked, late, thread
-        gc.collect()
-        self.assertEqual(module.open(), [])
+        self.assert_fails("LookupError: there is a typo", self.ask, backend,
+                          "typo")
+        self.assertEqual(
+            [(connection.cursor().execute.call_count, connection.close.called)
+             for connection in self.connections], [(2, True), (1, True)])
 
     def test_the_server_bounds_it_by_max_threads(self):
         text = ("[server]\nbackend = sql\n[limits]\nmax_threads = 7\n[sql]\n"
@@ -6982,13 +6930,14 @@ class SqlBackendTest(BackendCase):
                          [True] * 7 + [False])
 
     def test_refuses_settings_that_cannot_be(self):
-        for name in ("fake_database", "unsafe", "odd"):
-            self.enter(mock.patch.dict(sys.modules, {name: FakeDatabase()}))
-        sys.modules["unsafe"].threadsafety = 0
-        sys.modules["odd"].paramstyle = "odd"
+        for name, style, safety in (("fake", "pyformat", 1), ("odd", "odd", 1),
+                                    ("unsafe", "qmark", 0)):
+            self.enter(mock.patch.dict(sys.modules, {
+                name: types.SimpleNamespace(paramstyle=style,
+                                            threadsafety=safety)}))
         once = "once; write it where the name goes, and nowhere else"
         place = {"database": "/srv/people.db"}
-        fake = {"module": "fake_database", "query": "SELECT %s"}
+        fake = {"module": "fake", "query": "SELECT %s"}
         words = ("connect: is not made of name=value words; write e.g."
                  " dbname=people password='with spaces'")
         self.assert_refused(SqlBackend, (
@@ -7026,13 +6975,7 @@ class AccountsBackendTest(BackendCase):
         super().setUp()
         os.chmod(self.folder, 0o755)        # for nobody
         self.system = System(self.folder)
-        self.addCleanup(self.open_homes)
-
-    def open_homes(self):
-        """Let an ordinary user remove what the test has closed."""
-        for parent, names, _ in os.walk(self.folder):
-            for name in names:
-                os.chmod(os.path.join(parent, name), 0o700)
+        self.enter(mock.patch.object(fingerd_backends, "SAME_TIME", 0))
 
     def plan(self, backend, user="alice"):
         """Give what is shown as the plan of a user, all else left out."""
@@ -7060,17 +7003,15 @@ class AccountsBackendTest(BackendCase):
             "plan": "Plan:\nSleep\n", "pgpkey": "PGP key:\nKEY\n", "": "",
             "plan project pgpkey":      # as is shown by default
                 "PGP key:\nKEY\nProject:\nDream\nmore\nPlan:\nSleep\n"}
+        first = "Login: alice          \t\t\tName: Alice\n"
         for show, text in table.items():
             with self.subTest(show):
                 self.assertEqual(
                     self.ask(self.system.make(self, show=show), "alice"),
-                    "Login: alice          \t\t\tName: Alice\n" + text)
-        self.assertEqual(
-            self.ask(self.system.make(self), "ALICE"),
-            "Login: alice          \t\t\tName: Alice\n"
-            + table["plan project pgpkey"])
-        for row in fingerd_backends.ITEMS:
-            self.assertIn(row, table)
+                    first + text)
+        self.assertEqual(self.ask(self.system.make(self), "ALICE"),
+                         first + table["plan project pgpkey"])
+        self.assertLess({*fingerd_backends.ITEMS}, {*table})
         self.assertEqual(self.make(AccountsBackend).uids, range(1000, 60000))
 
     def test_shows_more_to_local_clients(self):
@@ -7105,6 +7046,7 @@ class AccountsBackendTest(BackendCase):
         os.symlink("nowhere", path("link/.nofinger"))
         os.mkdir(path("dir/.nofinger"))
         os.chmod(path("closed"), 0o600)
+        self.addCleanup(os.chmod, path("closed"), 0o700)
         shutil.rmtree(path("gone"))
         shutil.rmtree(path("nohome"))
         write_file(self.folder, "nohome", "a file")
@@ -7115,13 +7057,15 @@ class AccountsBackendTest(BackendCase):
         names = self.make_hidden()
         self.system.add("a b", plan="not a name that a query can have")
         backend = self.system.make(self, show=ALL_ITEMS)
-        with as_nobody(), self.takes(0, PROMPT):
-            self.assertIn("seen", self.ask(backend, "alice"))
+        same_time = functools.partial(mock.patch.object, fingerd_backends,
+                                      "SAME_TIME")
+        with as_nobody(), same_time(0.01):
             for name in names:
-                with self.subTest(name), self.takes(0.02, 0.02 + PROMPT):
+                with self.subTest(name), self.takes(0.01, PROMPT):
                     self.assertIsNone(self.ask(backend, name))
-            with self.takes(0, 0.01 + PROMPT):      # there is no more time
-                self.assertIsNone(self.ask(backend, "unknown", False, 0.01))
+        with as_nobody(), same_time(HANG), self.takes(0.01, PROMPT):
+            self.assertIn("seen", self.ask(backend, "alice"))
+            self.assertIsNone(self.ask(backend, "unknown", False, 0.01))
 
     def test_opting_in_takes_a_plan_of_ones_own(self):
         self.system.add("alice", plan="")
@@ -7135,23 +7079,14 @@ class AccountsBackendTest(BackendCase):
 
     def test_believes_no_file_but_a_regular_one_of_the_user(self):
         secret = write_file(self.folder, "secret", "secret")
-        made: dict[str, Any] = {
-            "fifo": os.mkfifo, "directory": os.mkdir,
-            "link": functools.partial(os.symlink, secret),
-            "loop": functools.partial(os.symlink, ".plan"),
-            "zero": functools.partial(os.symlink, "/dev/zero")}
-        backend = self.system.make(self, show="plan")
-        for name, make in made.items():
-            self.system.add(name)
-            make(os.path.join(self.folder, name, ".plan"))
-            with self.subTest(name), self.takes(0, PROMPT):
-                self.assertEqual(self.plan(backend, name), "No Plan.\n")
-        # A hard link to the file of another.
-        self.system.add("eve", uid=os.getuid() + 1)
+        other = os.getuid() + 1
+        self.system.add("link")
+        os.symlink(secret, os.path.join(self.folder, "link", ".plan"))
+        self.system.add("eve", uid=other)       # a hard link to another's
         os.link(secret, os.path.join(self.folder, "eve", ".plan"))
-        backend = self.system.make(
-            self, show="plan", uids=f"{os.getuid() + 1}-{os.getuid() + 1}")
-        self.assertEqual(self.plan(backend, "eve"), "No Plan.\n")
+        backend = self.system.make(self, uids=f"{other - 1}-{other}")
+        for name in ("link", "eve"):
+            self.assertEqual(self.plan(backend, name), "No Plan.\n")
 
     def test_reads_what_it_may_and_no_more(self):
         # A home that may only be searched, and a plan without end.
@@ -7177,7 +7112,9 @@ class AccountsBackendTest(BackendCase):
         self.assertEqual(self.plan(backend), "Never logged in.\n")
         mail = self.system.make(self, show="mail")
         self.assertEqual(self.plan(mail), "No mail.\n")
-        os.mkdir(os.path.join(self.folder, "mail"), 0)
+        path = os.path.join(self.folder, "mail")
+        os.mkdir(path, 0)
+        self.addCleanup(os.chmod, path, 0o700)
         os.chmod(os.path.join(self.folder, "lastlog"), 0)
         with as_nobody():
             self.assertEqual(self.plan(backend), "")
@@ -7193,19 +7130,18 @@ class AccountsBackendTest(BackendCase):
             ("bob", "tty2", "host", DAY), ("ghost", "tty3", "", NOW),
             ("", "tty4", "", NOW), ("bob", "tty5", "", NOW, 8))
         with as_nobody():
-            text = self.list(backend)
-        first, *rows = text.splitlines()
+            first, *rows = self.list(backend).splitlines()
         # As rogallo 3.2 knows a list, and the names in it.
         self.assertRegex(first, r"^Login\s+Name\s+Login Time\s*$")
         self.assertEqual(
             [re.fullmatch(r"(\S+)\s{2,}.*", row)[1] for row in rows],
             ["alice", "bob", "bob"])
-        self.assertEqual(
-            [re.sub(" +", " ", row) for row in rows],
-            [re.sub(" +", " ", time.strftime(text, time.localtime(since)))
-             for text, since in (("alice %b %e %R", NOW),
-                                 ("bob Bob Builder %b %e %R", DAY),
-                                 ("bob Bob Builder %b %e %R", NOW))])
+        self.assertEqual(rows, [
+            time.strftime(f"{login:14}  {name:24}  %b %e %R",
+                          time.localtime(since))
+            for login, name, since in (("alice", "", NOW),
+                                       ("bob", "Bob Builder", DAY),
+                                       ("bob", "Bob Builder", NOW))])
 
     def test_a_verbose_list_has_all_that_is_shown_of_each(self):
         self.make_hidden()
@@ -7234,7 +7170,6 @@ class AccountsBackendTest(BackendCase):
         backend = self.system.make(self, show="")
         self.assertEqual(self.ask(backend, "john").count("Login:"), 1)
         self.assertIsNone(self.ask(backend, "public"))
-        self.assertEqual(self.system.walks, 0)
         backend = self.system.make(self, show="", match_names=True)
         self.assertEqual(
             re.findall(r"Login: (\w+)", self.ask(backend, "JOHN")),
