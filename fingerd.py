@@ -439,7 +439,6 @@ FACILITIES = (                  # by their numbers: RFC 3164 4.1.1
     "cron", "authpriv", "ftp", "ntp", "audit", "alert", "clock", "local0",
     "local1", "local2", "local3", "local4", "local5", "local6", "local7")
 LEVELS = ("debug", "info", "notice", "warning", "error")
-INFO = LEVELS.index("info")     # the level of a query's line
 MAX_SECONDS = 366 * 86400       # a year: more is a typing error
 MAX_COUNT = 1_000_000_000       # of anything counted, bytes included
 MIN_SIZE = 16                   # bytes: room for [truncated]
@@ -996,31 +995,17 @@ def check_unused(sections, errors, warnings):
 SEVERITY = {level: 7 - number       # as syslog(3) counts
             for number, level in enumerate(LEVELS)}
 MAX_SYSLOG = 8192       # bytes of a message; rsyslog takes no more
-HEAD = 64               # bytes in front of a line, at most
-SHORT = 64              # bytes; a query this short fits into any line
-QUOTED = re.compile(r'[^ !#-\[\]-~]')   # what must be escaped
 PLAIN = re.compile(r'[!#-<>-\[\]-~]*')  # a value that needs no quotes
+ESCAPES = [chr(byte) if 32 <= byte < 127 else f"\\x{byte:02x}"
+           for byte in range(256)]
+ESCAPES[ord('"')], ESCAPES[ord("\\")] = '\\"', "\\\\"
 
 
-def quote(text: str) -> str:
-    """Quote any text, as printable ASCII."""
-    return '"' + QUOTED.sub(escape, text) + '"'
-
-
-def escape(match: re.Match[str]) -> str:
-    """Escape a quote, a backslash, or what is not printable ASCII."""
-    character = match[0]
-    if character in '"\\':
-        return "\\" + character
-    if "\udc80" <= character <= "\udcff":       # a byte (PEP 383)
-        return f"\\x{ord(character) - 0xdc00:02x}"
-    return "".join(f"\\x{byte:02x}"
-                   for byte in character.encode("utf-8", "surrogatepass"))
-
-
-def quote_line(line: bytes) -> str:
-    """Quote a line that a client has sent."""
-    return quote(line.decode("utf-8", "surrogateescape"))
+def quote(value: Any) -> str:
+    """Quote bytes, or any text, as printable ASCII."""
+    if not isinstance(value, bytes):
+        value = str(value).encode("utf-8", "surrogatepass")
+    return '"' + value.decode("latin-1").translate(ESCAPES) + '"'
 
 
 @functools.lru_cache(maxsize=1)
@@ -1030,15 +1015,14 @@ def utc_time(second: int) -> str:
 
 
 def format_text(event: str, fields: dict[str, Any]) -> str:
-    """Format an event as key=value; bytes are always in quotes."""
+    """Format an event as key=value; numbers and plain words need no quotes."""
     words = [event]
     for key, value in fields.items():
-        if isinstance(value, bytes):
-            text = quote_line(value)
+        if isinstance(value, int) or (
+                isinstance(value, str) and PLAIN.fullmatch(value)):
+            words.append(f"{key}={value}")
         else:
-            text = str(value)
-            text = text if PLAIN.fullmatch(text) else quote(text)
-        words.append(f"{key}={text}")
+            words.append(f"{key}={quote(value)}")
     return " ".join(words)
 
 
@@ -1086,7 +1070,7 @@ class LogFile:
         self.limit = sys.maxsize        # bytes of a line
         self.pipe_poll: Any = None
         if not stat.S_ISREG(os.fstat(fd).st_mode):
-            self.limit = select.PIPE_BUF
+            self.limit = select.PIPE_BUF - len("\n")
             self.pipe_poll = select.poll()
             self.pipe_poll.register(fd, select.POLLOUT)
 
@@ -1144,7 +1128,7 @@ class Log:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()    # held from a line's format to its end
-        self.level = INFO
+        self.level = LEVELS.index("info")
         self.format = format_text
         self.hide = HIDERS["full"]
         self.facility = 0
@@ -1177,74 +1161,53 @@ class Log:
             old.close()
 
     def event(self, level: str, event: str, **fields: Any) -> None:
-        """Write a line if its level is wanted, the fields in their order."""
-        if LEVELS.index(level) >= self.level:
-            if self.hide and "client" in fields:
-                fields["client"] = self.hide(fields["client"])
-            with self.lock:
-                self.write(level, self.fit(event, fields))
+        """Write a line if its level is wanted, the fields in their order.
 
-    def query(self, host: str, port: int, line: bytes, reply: Reply,
-              sent: int, ms: int) -> None:
-        """Write the line of a connection: bytes sent, milliseconds it took.
-
-        If addresses are hidden, port is 0: it could identify the client.
+        If addresses are hidden, what else could tell the client is, too.
         """
-        if self.level > INFO:
+        if LEVELS.index(level) < self.level:
             return
-        if self.hide:
-            host, port = self.hide(host), 0
-            if line.startswith((PROXY_1, PROXY_2)):     # names a client, too
-                line = PROXY_1
+        if self.hide and "client" in fields:
+            fields["client"] = self.hide(fields["client"])
+            if "port" in fields:
+                fields["port"] = 0
+            if fields.get("q", b"").startswith((PROXY_1, PROXY_2)):
+                fields["q"] = PROXY_1
         with self.lock:
-            if self.format is format_text and len(line) <= SHORT:
-                text = (f"query client={host} port={port} q={quote_line(line)}"
-                        f" outcome={reply.outcome} backend={reply.backend}"
-                        f" bytes={sent} ms={ms}")
-            else:
-                text = self.fit("query", {
-                    "client": host, "port": port, "q": line,
-                    "outcome": reply.outcome, "backend": reply.backend,
-                    "bytes": sent, "ms": ms})
-            self.write("info", text)
+            try:
+                if self.lost:
+                    self.output.write(
+                        self.line("warning", "lost", {"lines": self.lost}))
+                    self.lost = 0
+                self.output.write(self.line(level, event, fields))
+            except OSError:
+                self.lost += 1
 
-    def fit(self, event: str, fields: dict[str, Any]) -> str:
+    def line(self, level: str, event: str, fields: dict[str, Any]) -> bytes:
         """Format an event; cut its longest value until the line fits."""
-        line = self.format(event, fields)
-        limit = self.output.limit - HEAD
+        head = self.head(level)
+        line = head + self.format(event, fields)
+        limit = self.output.limit
         while len(line) > limit and any(fields.values()):
             key = max(fields, key=lambda key: len(str(fields[key])))
             value = fields[key]
             text = value if isinstance(value, bytes) else str(value)
             fields[key] = text[:len(text) * limit // len(line)]
-            line = self.format(event, fields)
-        return line
+            line = head + self.format(event, fields)
+        return line.encode()
 
-    def write(self, level: str, line: str) -> None:
-        """Write a line; before it, report lines that were lost."""
-        try:
-            if self.lost:
-                lost = self.format("lost", {"lines": self.lost})
-                self.output.write(self.add_head("warning", lost))
-                self.lost = 0
-            self.output.write(self.add_head(level, line))
-        except OSError:
-            self.lost += 1
-
-    def add_head(self, level: str, line: str) -> bytes:
-        """Put in front what the output needs; JSON has its own time."""
+    def head(self, level: str) -> str:
+        """Give what the output needs in front; JSON has its own time."""
         if isinstance(self.output, Syslog):
-            head = (f"<{self.facility * 8 + SEVERITY[level]}>"
+            return (f"<{self.facility * 8 + SEVERITY[level]}>"
                     f"{self.prefix}[{os.getpid()}]: ")
-        elif self.output.journal:       # which names the program itself
-            head = f"<{SEVERITY[level]}>"
-        elif self.format is format_json:
-            head = ""
-        elif self.output.fd == 2:
-            head = f"{self.prefix}: "
-        else:
-            head = f"{utc_time(int(time.time()))} "
-        return (head + line).encode("ascii", "backslashreplace")
+        if self.output.journal:         # which names the program itself
+            return f"<{SEVERITY[level]}>"
+        if self.format is format_json:
+            return ""
+        if self.output.fd == 2:
+            return f"{self.prefix}: "
+        return f"{utc_time(int(time.time()))} "
 
 
 # ---- Stats ----------------------------------------------------------------
@@ -1955,10 +1918,10 @@ class FingerHandler(socketserver.StreamRequestHandler):
         server.outcomes[reply.outcome] += 1
         if server.stats:
             server.stats.count(reply, time.monotonic() - self.started)
-        if server.log.level <= INFO:
-            server.log.query(self.host, self.client_address[1],
-                             bytes(self.text), reply, self.sent,
-                             int((time.monotonic() - self.started) * 1000))
+        server.log.event(
+            "info", "query", client=self.host, port=self.client_address[1],
+            q=bytes(self.text), outcome=reply.outcome, backend=reply.backend,
+            bytes=self.sent, ms=int((time.monotonic() - self.started) * 1000))
 
     def has_left(self):
         """Discard what follows the line; is it time to close?
