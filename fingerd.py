@@ -125,20 +125,9 @@ class Query(NamedTuple):
     hosts: tuple[str, ...]      # {H}, the next hop last
 
 
-def is_plain(text: bytes | bytearray) -> bool:
+def is_plain(text: bytes) -> bool:
     """Is this one name of ASCII letters, digits, and perhaps - . _?"""
     return text.translate(None, b"-._").isalnum()
-
-
-def plain_line(data: bytes, limit: int) -> bytes:
-    """Give the name in a segment that is one whole plain line, else b"".
-
-    Most queries are such, and need no QueryLine.
-    """
-    text = data.rstrip(b"\r\n")
-    if data.endswith(b"\n") and len(data) <= limit and is_plain(text):
-        return text
-    return b""
 
 
 class QueryLine:
@@ -207,8 +196,6 @@ def parse_query(line: bytes | bytearray,
     user@host they are dropped: Emacs sends all of it to that host.
     Raises MalformedQuery, and nothing else.
     """
-    if is_plain(line):
-        return Query((line.decode(),), False, ())
     if CONTROL.search(line):
         raise MalformedQuery("control character")
     if PROXY_LINE.match(line):
@@ -1272,9 +1259,6 @@ def replace_file(path: str, text: str) -> None:
 
 # ---- Answers --------------------------------------------------------------
 
-FRAMED = 8              # framed replies cached: slow readers share the bytes
-
-
 class WouldWait(Exception):
     """Only a thread can answer, as a backend that may block must be asked."""
 
@@ -1286,6 +1270,8 @@ class Answers:
         self.config = config
         self.log = log
         self.limits = config.limits
+        self.backends = config.backends
+        self.aliases = config.aliases
         for _, backend in config.backends:
             if hasattr(backend, "limit_threads"):
                 backend.limit_threads(config.limits.max_threads)
@@ -1302,8 +1288,6 @@ class Answers:
             is_allowed, server.allow, server.deny))
         self.is_balancer = functools.lru_cache(maxsize=256)(functools.partial(
             is_in, server.proxy_from))
-        self.framed = functools.lru_cache(maxsize=FRAMED)(functools.partial(
-            frame, self.header, self.footer, self.limits.max_reply))
 
     def answer(self, query: Query, client: str,
                deadline: float | None = None) -> Reply:
@@ -1316,10 +1300,9 @@ class Answers:
         if not query.users:
             return self.list_users(query, client, deadline)
         users = query.users
-        aliases = self.config.aliases
-        if aliases:
+        if self.aliases:
             users = tuple(name for user in users
-                          for name in aliases.get(user.lower(), (user,)))
+                          for name in self.aliases.get(user.lower(), (user,)))
             if len(users) > MAX_USERS:
                 return FIXED_REPLIES["malformed"]
         if len(users) == 1:
@@ -1328,14 +1311,20 @@ class Answers:
             reply = join_replies([
                 self.look_up(user, query.verbose, client, deadline)
                 for user in users])
-        if reply.outcome == "answered" and self.framing or (
-                len(reply.data) > self.limits.max_reply):
-            return reply._replace(data=self.framed(reply.outcome, reply.data))
+        if self.framing or len(reply.data) > self.limits.max_reply:
+            return self.frame(reply)
         return reply
+
+    def frame(self, reply):
+        """Put header and footer around an answer; cut it to max_reply."""
+        data = reply.data
+        if reply.outcome in ("answered", "list"):
+            data = self.header + data + self.footer
+        return reply._replace(data=truncate(data, self.limits.max_reply))
 
     def look_up(self, user, verbose, client, deadline):
         """Ask the backends in order until one knows the user, or fails."""
-        for name, backend in self.config.backends:
+        for name, backend in self.backends:
             reply = self.ask(name, backend, deadline, client, verbose, user)
             if reply:
                 return reply
@@ -1345,11 +1334,11 @@ class Answers:
         """Give the welcome text, or the joined lists of the backends."""
         server = self.config.server
         if server.welcome:
-            return Reply("list", self.framed("list", to_wire(server.welcome)))
+            return self.frame(Reply("list", to_wire(server.welcome)))
         if not server.user_list:
             return FIXED_REPLIES["list-denied"]
         replies = []
-        for name, backend in self.config.backends:
+        for name, backend in self.backends:
             if hasattr(backend, "user_list"):
                 reply = self.ask(name, backend, deadline, client,
                                  query.verbose)
@@ -1359,8 +1348,8 @@ class Answers:
         if not replies:
             return FIXED_REPLIES["list-denied"]
         data = b"".join(reply.data for reply in replies)
-        return Reply("list", self.framed("list", data),
-                     ",".join(reply.backend for reply in replies))
+        return self.frame(Reply(
+            "list", data, ",".join(reply.backend for reply in replies)))
 
     def ask(self, name, backend, deadline, client, verbose, user=""):
         """Give a backend's reply for a user, or its list; None if it has none.
@@ -1433,12 +1422,6 @@ def is_in(networks, host):
     import ipaddress  # to_network() has loaded it
     address = ipaddress.ip_address(host)
     return any(address in network for network in networks)
-
-
-def frame(header, footer, limit, outcome, data):
-    """Put header and footer around an answer, and cut it to limit."""
-    return truncate(data if outcome == "unknown" else header + data + footer,
-                    limit)
 
 
 # ---- Forwarding -----------------------------------------------------------
@@ -1755,7 +1738,7 @@ class FingerHandler(socketserver.StreamRequestHandler):
     server: FingerServer
     line: QueryLine | None = None       # if it comes in parts
     text: bytes | bytearray = b""       # of the line
-    query: Query
+    query: Query | None = None
     reply = GONE
     reached = ""                # our address, if a PROXY header names it
     sent = discarded = 0        # bytes
@@ -1787,7 +1770,8 @@ class FingerHandler(socketserver.StreamRequestHandler):
                 while not self.receive():
                     yield READ
                 self.check_rate()
-                self.query = parse_query(self.text, self.own_names)
+                if not self.query:
+                    self.query = parse_query(self.text, self.own_names)
                 try:
                     self.reply = self.server.answers.answer(self.query,
                                                             self.host)
@@ -1843,7 +1827,7 @@ class FingerHandler(socketserver.StreamRequestHandler):
 
     def count_for(self, key):
         """Count this connection for another address; "" is exempt."""
-        self.server.hosts.add(self.key, -1)
+        self.server.hosts.remove(self.key)
         self.server.hosts.add(key)
         self.key = key
 
@@ -1870,8 +1854,10 @@ class FingerHandler(socketserver.StreamRequestHandler):
         if not self.line:
             if not data:
                 raise Refused(SILENCE)
-            self.text = plain_line(data, limit)
-            if self.text:
+            text = data.rstrip(b"\r\n")
+            if data.endswith(b"\n") and len(data) <= limit and is_plain(text):
+                self.text = text        # as most are: no more is needed
+                self.query = Query((text.decode(),), False, ())
                 return True
             if data.startswith(PROXY_2):
                 raise MalformedQuery("PROXY header, but not from proxy_from")
@@ -1958,12 +1944,14 @@ class Counts(dict):
 
     total = 0
 
-    def add(self, key, change=1):
-        self.total += change
-        number = self.get(key, 0) + change
-        if number:
-            self[key] = number
-        else:
+    def add(self, key):
+        self.total += 1
+        self[key] = self.get(key, 0) + 1
+
+    def remove(self, key):
+        self.total -= 1
+        self[key] -= 1
+        if not self[key]:
             del self[key]
 
 
@@ -1990,7 +1978,7 @@ class Waiting:
         self.handlers: Any = {
             wait: {} for wait in (LATER, READ, ASK, WRITE, CLOSE)}
         self.left: Any = collections.deque()    # those in LEFT: most clients
-        self.due = math.inf         # no handler is due before
+        self.due = math.inf         # no handler but in LEFT is due before
 
     def add(self, handler, wait, deadline):
         handler.wait, handler.deadline = wait, deadline
@@ -2001,17 +1989,25 @@ class Waiting:
     def add_left(self, handler, deadline):
         handler.deadline = deadline
         self.left.append(handler)
-        if deadline < self.due:
-            self.due = deadline
-
-    def remove(self, handler):
-        del self.handlers[handler.wait][handler]
-        handler.wait = NOTHING
 
     def take_left(self, now):
         """Remove and yield the handlers in LEFT that are due."""
         while self.left and self.left[0].deadline <= now:
             yield self.left.popleft()
+
+    def timeout(self, now):
+        """Give the selector's timeout: None for ever, or an hour at most.
+
+        On some systems it may not be more than 24 days.
+        """
+        due = self.due
+        if self.left and self.left[0].deadline < due:
+            due = self.left[0].deadline
+        return None if due == math.inf else max(0, min(due - now, 3600))
+
+    def remove(self, handler):
+        del self.handlers[handler.wait][handler]
+        handler.wait = NOTHING
 
     def overdue(self, now):
         """Yield the other handlers that are due; find when the next is."""
@@ -2025,7 +2021,7 @@ class Waiting:
                 if handler.wait is wait:    # else it has ended meanwhile
                     yield handler
         self.due = min((next(iter(handlers)).deadline for handlers
-                        in (self.left, *self.handlers.values()) if handlers),
+                        in self.handlers.values() if handlers),
                        default=math.inf)
 
     def hurry(self, deadline, *waits):
@@ -2088,7 +2084,7 @@ class Lookups:
     def end(self, handler):
         """Count a late thread as idle."""
         self.late -= 1
-        self.threads.add(handler.key, -1)
+        self.threads.remove(handler.key)
         self.idle += 1
 
 
@@ -2221,8 +2217,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
         self.lookups = Lookups()
         self.door = Door(listeners, log)
         self.inbox = Inbox()
-        # When each is due; a call gives the seconds until it is due again.
-        self.chores: dict[Callable[[], float], float] = {}
+        self.chores: dict[Callable[[], float], float] = {}  # when each is due
         self.ended = threading.Event()
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.inbox.woken, selectors.EVENT_READ,
@@ -2232,19 +2227,14 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     def serve_forever(self, poll_interval: float = 0) -> None:
         """Serve until stop(), and then until the last client has left."""
-        while self.door.listeners or (
-                self.hosts.total and time.monotonic() < self.stop_deadline):
+        while self.door.listeners or self.hosts.total:
             now = time.monotonic()
             self.watch_door(now)
-            due = min(self.waiting.due, self.stop_deadline,
-                      *self.chores.values())
-            for key, _ in self.selector.select(poll_timeout(due - now)):
+            for key, _ in self.selector.select(self.waiting.timeout(now)):
                 key.data(key.fileobj)
-            if now >= due:      # checked last: what has come is served first
+            self.look_at_left(now)
+            if now >= self.waiting.due:     # last: serve what has come first
                 self.do_what_is_due(now)
-        self.look_at_left(math.inf)
-        for handler in self.waiting.overdue(math.inf):
-            self.resume(handler, ConnectionAbortedError())
         self.ended.set()
 
     def serve_one(self, sock: socket.socket) -> None:
@@ -2256,23 +2246,30 @@ class FingerServer(socketserver.ThreadingTCPServer):
         self.serve_forever()
 
     def do_what_is_due(self, now):
-        self.look_at_left(now)
         for handler in self.waiting.overdue(now):
             if handler.wait is LATER:
                 self.look_at_left(math.inf)     # some may have closed
                 self.resume(handler)
             else:
-                self.resume(handler, Deadline())
+                self.resume(handler, error=Deadline())
         self.start_lookups()        # late threads give their places away
         for chore, due in list(self.chores.items()):
             if now >= due:
                 self.chores[chore] = now + chore()
+        self.waiting.hurry(min(self.chores.values(), default=math.inf))
+
+    def schedule(self, chore, due=0.0):
+        """Have the loop call chore; it gives the seconds to its next time."""
+        self.chores[chore] = due
+        self.waiting.hurry(due)
 
     # From a listening socket to a handler.
 
     def watch_door(self, now):
         """Leave new clients in the kernel's queue at max_clients."""
         limit = self.answers.limits.max_clients
+        if self.door.watched and self.hosts.total < limit:
+            return
         if self.hosts.total >= limit:
             self.look_at_left(math.inf)             # most of them have closed
             self.door.watch(self.selector, None)    # watching again rotates
@@ -2296,7 +2293,8 @@ class FingerServer(socketserver.ThreadingTCPServer):
                 return True
             except OSError as error:
                 if door.pause(error, self.hosts.total):
-                    self.chores[self.end_pause] = time.monotonic() + PAUSE
+                    door.watch(self.selector, None)
+                    self.schedule(self.end_pause, time.monotonic() + PAUSE)
                     return False
                 continue        # this one has left already: see accept(2)
             self.process_request(request, client_address)
@@ -2319,13 +2317,13 @@ class FingerServer(socketserver.ThreadingTCPServer):
 
     # From one wait of a handler to the next.
 
-    def resume(self, handler, value=None):
-        """Run a handler to its next wait or end; value may be an error."""
+    def resume(self, handler, reply=None, error=None):
+        """Run a handler to its next wait or end."""
         try:
-            if isinstance(value, Exception):
-                wait = handler.steps.throw(value)
+            if error:
+                wait = handler.steps.throw(error)
             else:
-                wait = handler.steps.send(value)
+                wait = handler.steps.send(reply)
             if wait is not handler.wait:
                 self.keep(handler, wait)
         except (StopIteration, OSError):
@@ -2346,7 +2344,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
                 self.selector.register(handler, wait.events, self.resume)
         except OSError as error:
             self.log.event("error", "starved", reason=reason(error))
-            self.resume(handler, error)
+            self.resume(handler, error=error)
             return
         self.waiting.add(handler, wait,
                          time.monotonic() + self.seconds_for(wait))
@@ -2384,7 +2382,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
         if request.wait is not NOTHING:
             self.forget(request)
         request.request.close()
-        self.hosts.add(request.key, -1)
+        self.hosts.remove(request.key)
 
     # Threads.
 
@@ -2395,7 +2393,7 @@ class FingerServer(socketserver.ThreadingTCPServer):
             if not handler:
                 return
             if handler.request.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                self.resume(handler, ConnectionResetError())
+                self.resume(handler, error=ConnectionResetError())
                 continue
             if self.lookups.idle:
                 self.lookups.idle -= 1
@@ -2456,10 +2454,11 @@ class FingerServer(socketserver.ThreadingTCPServer):
         now = time.monotonic()
         self.stop_deadline = now + self.answers.limits.timeout + GRACE
         self.waiting.hurry(now + GRACE, READ, CLOSE)
-        self.chores[self.close_door] = now
+        self.schedule(self.abort, self.stop_deadline)
+        self.schedule(self.close_door, now)
         with contextlib.suppress(OSError):      # then there is no last call
             self.door.drop_new_connections()
-            self.chores[self.close_door] = now + LAST_CALL
+            self.schedule(self.close_door, now + LAST_CALL)
 
     def close_door(self):
         """Accept the clients in the queue; close the listening sockets."""
@@ -2469,6 +2468,14 @@ class FingerServer(socketserver.ThreadingTCPServer):
             return LAST_CALL        # they wait for room, or for a descriptor
         self.door.watch(self.selector, None)
         self.door.close()
+        return math.inf
+
+    def abort(self):
+        """End the clients that are still here: a stop has had its time."""
+        self.close_door()
+        self.look_at_left(math.inf)
+        for handler in self.waiting.overdue(math.inf):
+            self.resume(handler, error=ConnectionAbortedError())
         return math.inf
 
     def shutdown(self) -> None:
@@ -2486,14 +2493,6 @@ class FingerServer(socketserver.ThreadingTCPServer):
                 handler.request.close()
         self.selector.close()
         self.inbox.close()
-
-
-def poll_timeout(seconds):
-    """Give a selector's timeout: None for ever, or an hour at most.
-
-    On some systems it may not be more than 24 days.
-    """
-    return None if seconds == math.inf else max(0, min(seconds, 3600))
 
 
 # ---- Sockets --------------------------------------------------------------
@@ -3047,9 +3046,9 @@ class Daemon:
             **user, pid=os.getpid())
         self.notifier.report("READY=1", f"MAINPID={os.getpid()}")
         now = time.monotonic()
-        self.server.chores[self.notifier.send_sign_of_life] = (
-            now + self.notifier.period)
-        self.server.chores[self.write_stats] = now + self.write_stats()
+        self.server.schedule(self.notifier.send_sign_of_life,
+                             now + self.notifier.period)
+        self.server.schedule(self.write_stats, now + self.write_stats())
 
     def write_stats(self) -> float:
         """Write the stats, if wanted; give the seconds until the next time."""
@@ -3147,7 +3146,7 @@ class Daemon:
         fit_max_clients(config, self.log)
         self.server.change_answers(answers)
         self.config = config
-        self.server.chores[self.write_stats] = 0.0
+        self.server.schedule(self.write_stats)
         gc.collect()        # urllib's openers are cycles, with certificates
         self.log.event("notice", "reloaded", config=config.path)
 
