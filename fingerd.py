@@ -704,7 +704,6 @@ class Section(NamedTuple):
 
     line: int
     entries: dict[str, Entry]
-    label: str = ""             # in front of notes, if it is not in the file
 
 
 class Notes(list):
@@ -713,7 +712,8 @@ class Notes(list):
     def add(self, line: int, text: str) -> None:
         self.append((line, text))
 
-    def place(self, section: Section, texts: Iterable[str]) -> None:
+    def place(self, section: Section, label: str,
+              texts: Iterable[str]) -> None:
         """Add a backend's notes, `setting: text`, each at the setting's line.
 
         A setting that has a note is skipped: the backend saw its default.
@@ -723,7 +723,7 @@ class Notes(list):
             setting = text.partition(":")[0]
             line = section.entries.get(setting, section).line
             if (line, setting) not in noted:
-                self.add(line, section.label + text)
+                self.add(line, label + text)
 
     def texts(self, path: str) -> list[str]:
         return [f"{path}:{line}: {text}" if line else text
@@ -751,7 +751,6 @@ def read_config(path: str, report: Callable[..., None],
     chroot = "" if old else config.daemon.chroot
     config.backends = tuple(make_backends(config, sections, report, chroot,
                                           errors, warnings))
-    check_unused(sections, errors, warnings)
     config.warnings = warnings.texts(path)
     if errors:
         count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
@@ -843,17 +842,15 @@ def convert_core(sections, overrides, old, errors):
             # The old one is kept.  Its user is not looked up again: that may
             # wait for a network, and fails in a chroot.
             rows = [row._replace(kind="text") for row in rows]
-        entries = sections.pop(section, Section(0, {})).entries
+        entries = [*sections.pop(section, Section(0, {})).entries.values(),
+                   *(Entry(0, row.name, overrides[row.name], "")
+                     for row in rows if row.name in overrides)]
         values = convert_section(rows, entries, errors)
         for row in rows:
-            entry = entries.get(row.name)
-            if row.name in overrides:
-                entry = Entry(0, row.name, overrides[row.name], "")
-                values[row.name] = convert_entry(row, entry, errors)
             config.raw_values[section, row.name] = row.default
-            if entry:
-                config.raw_values[section, row.name] = full_text(entry)
-                config.lines[row.name] = entry.line
+        for entry in entries:
+            config.raw_values[section, entry.name.lower()] = full_text(entry)
+            config.lines[entry.name.lower()] = entry.line
         setattr(config, section, types.SimpleNamespace(**values))
     if old:
         config.daemon = old.daemon
@@ -864,7 +861,8 @@ def convert_section(rows, entries, errors):
     """Give the values by name; note entries that are not in rows."""
     values = {row.name: KINDS[row.kind](row.default) for row in rows}
     known = {row.name: row for row in rows}
-    for name, entry in entries.items():
+    for entry in entries:       # the later one counts
+        name = entry.name.lower()
         if name in known:
             values[name] = convert_entry(known[name], entry, errors)
         else:
@@ -892,20 +890,16 @@ def convert_entry(row: Setting, entry: Entry, errors: Notes) -> Any:
 
 
 def convert_options(settings, section, errors):
-    """Give the values of a section outside CORE.
-
-    settings are the rows of its backend.  If None, any name that a query can
-    ask for may be there, each with a text.
-    """
-    entries = section.entries
+    """Give the values of a section outside CORE, by settings of a backend."""
+    entries = section.entries.values()
     if settings is not None:
         return convert_section([Setting("", *row) for row in settings],
                                entries, errors)
-    for entry in entries.values():
+    for entry in entries:
         if UNASKED.search(entry.name):
             errors.add(entry.line, f"{entry.name}: no query can match this"
                                    " name; write it without spaces and @")
-    return {entry.name: full_text(entry) for entry in entries.values()}
+    return {entry.name: full_text(entry) for entry in entries}
 
 
 # From values to backends.
@@ -941,40 +935,41 @@ def follow_alias(word: str, texts: dict[str, str], *path: str) -> list[str]:
 
 
 def make_backends(config, sections, report, chroot, errors, warnings):
-    """Make the backends that are used; yield pairs of name and object."""
+    """Make the backends that are used; yield pairs of name and object.
+
+    The sections of others are checked for names and values.
+    """
     line = config.lines.get("backend", 0)
     names = config.server.backend
     if len(set(names)) < len(names):
         errors.add(line, "backend: names one twice; name each once")
-    for name in dict.fromkeys(names):
-        section = sections.pop(name, Section(line, {}, f"[{name}]: "))
+    for name in dict.fromkeys((*names, *sections)):
+        section, label = sections.get(name), ""
+        if not section:
+            section, label = Section(line, {}), f"[{name}]: "
+        used = name in names
         try:
-            cls = find_backend(name)
+            cls = find_backend(name, () if used else (*CORE, "aliases"))
         except ValueError as error:
-            errors.add(line, f'backend: "{name}" {error}')
+            if used:
+                errors.add(line, f'backend: "{name}" {error}')
+            else:
+                errors.add(section.line, f"[{name}]: {error}")
             continue
         options = convert_options(cls.settings, section, errors)
+        if not used:
+            warnings.add(section.line, f"[{name}]: is not used; add {name} to"
+                                       " backend, or remove the section")
+            continue
         try:
             backend = cls(options, functools.partial(report, name))
             if chroot and hasattr(backend, "enter_chroot"):
                 backend.enter_chroot(chroot)
         except ValueError as error:
-            errors.place(section, str(error).splitlines())
+            errors.place(section, label, str(error).splitlines())
         else:
-            warnings.place(section, getattr(backend, "warnings", ()))
+            warnings.place(section, label, getattr(backend, "warnings", ()))
             yield name, backend
-
-
-def check_unused(sections, errors, warnings):
-    """Check the sections that remain: those of backends that are not used."""
-    for name, section in sections.items():
-        try:
-            cls = find_backend(name, (*CORE, "aliases"))
-            convert_options(cls.settings, section, errors)
-        except ValueError as error:
-            errors.add(section.line, f"[{name}]: {error}")
-        warnings.add(section.line, f"[{name}]: is not used; add {name} to"
-                                   " backend, or remove the section")
 
 
 # ---- Log ------------------------------------------------------------------
