@@ -927,30 +927,26 @@ ABSENT = {getattr(errno, name, errno.ENOENT) for name in (
 
 
 @contextlib.contextmanager
-def open_folder(path):
-    """Open a directory; give its descriptor."""
-    folder = os.open(path, FOLDER_FLAGS)
+def opened(path, flags, folder=None):
+    """Open a file or directory; give its descriptor."""
+    fd = os.open(path, flags, dir_fd=folder)
     try:
-        yield folder
+        yield fd
     finally:
-        os.close(folder)
+        os.close(fd)
 
 
 def read_file(folder, name, owner=None, limit=MAX_FILE):
     """Give the text of a regular file, of an owner if given; else None."""
     try:
-        fd = os.open(name.encode(), FILE_FLAGS, dir_fd=folder)
+        with opened(name.encode(), FILE_FLAGS, folder) as fd:
+            info = os.fstat(fd)
+            if stat.S_ISREG(info.st_mode) and owner in (None, info.st_uid):
+                return make_text(os.read(fd, limit + 1), "utf-8", limit)
     except OSError as error:
-        if error.errno in ABSENT:
-            return None
-        raise
-    try:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode) or owner not in (None, info.st_uid):
-            return None
-        return make_text(os.read(fd, limit + 1), "utf-8", limit)
-    finally:
-        os.close(fd)
+        if error.errno not in ABSENT:
+            raise
+    return None
 
 
 # ---- files ------------------------------------------------------------------
@@ -973,9 +969,7 @@ class FilesBackend:
         self.directory, self.index, self.listed = (
             options[row[0]] for row in self.settings)
         refuse(not self.directory
-               and "directory: is empty; write e.g. /srv/finger",
-               self.index and self.listed
-               and "list: index answers the user list; leave one out")
+               and "directory: is empty; write e.g. /srv/finger")
 
     def lookup(self, user, verbose, client, timeout):
         """Give the text of a user's file; None: no such user."""
@@ -983,35 +977,31 @@ class FilesBackend:
             return None
         files = [name + end for name in dict.fromkeys((user, user.lower()))
                  for end in ("", ".txt")]
-        with open_folder(self.directory) as folder:
+        with opened(self.directory, FOLDER_FLAGS) as folder:
             texts = (read_file(folder, file) for file in files
                      if file.lower() != self.index.lower())
             return next((text for text in texts if text is not None), None)
 
     def user_list(self, verbose, client, timeout):
-        """Give the text of the index, or of a list; None: no such setting."""
+        """Give the index, or a list of first lines; None: neither is set."""
         if not self.index and not self.listed:
             return None
-        with open_folder(self.directory) as folder:
-            if self.listed:
-                return self._list(folder, time.monotonic() + timeout)
-            text = read_file(folder, self.index)
-        if text is None:
-            raise OSError(f"{self.index}: is not a file in {self.directory}")
-        return text
-
-    def _list(self, folder, deadline):
-        """Give a line for each user, with the first line of the text."""
+        deadline = time.monotonic() + timeout
         lines: dict = {}
-        for file in sorted(os.listdir(self.directory)):
-            name = file[:-len(".txt")] if file.endswith(".txt") else file
-            if (name in lines or len(lines) == MAX_LISTED
-                    or not FILE_NAME.fullmatch(name)):
-                continue
-            seconds_left(deadline)
-            text = read_file(folder, file, limit=1000)      # a first line
-            if text is not None:
-                lines[name] = text.partition("\n")[0]
+        with opened(self.directory, FOLDER_FLAGS) as folder:
+            if self.index:
+                text = read_file(folder, self.index)
+                if text is None:
+                    raise OSError(f"{self.directory} has no file {self.index}")
+                return text
+            for file in sorted(os.listdir(self.directory)):
+                name = file[:-len(".txt")] if file.endswith(".txt") else file
+                if (FILE_NAME.fullmatch(name) and name not in lines
+                        and len(lines) < MAX_LISTED):
+                    seconds_left(deadline)
+                    text = read_file(folder, file, limit=1000)
+                    if text is not None:
+                        lines[name] = text.partition("\n")[0]
         width = max(map(len, lines), default=0)
         return "".join(f"{name:{width}}  {line}\n"
                        for name, line in lines.items())
@@ -1025,19 +1015,6 @@ MARKS = {"qmark": "?", "format": "%s", "pyformat": "%s", "numeric": ":1",
          "named": ":name"}
 CONNECT_WORD = re.compile(r"""\s*([A-Za-z_]\w*)=
     (?: (["'])(.*?)\2 | ([^\s"']\S*)? ) (?!\S)""", re.VERBOSE | re.DOTALL)
-
-
-def load_module(name):
-    """Import a DB-API 2 module; give it and its mark of a parameter."""
-    try:
-        module = importlib.import_module(name)
-        if not module.threadsafety:
-            raise TypeError("threads may not use it")
-        return module, MARKS[module.paramstyle]
-    except Exception as error:      # importing may do anything
-        reason = " ".join(str(error).split())
-        raise ValueError(f'module: "{name}" cannot be used ({reason}); install'
-                         " a DB-API 2 module, or write sqlite3") from None
 
 
 def format_rows(columns, rows):
@@ -1073,14 +1050,22 @@ class SqlBackend:
     def __init__(self, options, report):
         self.idle = []          # connections
         self.limit_threads(64)
-        self.query, self.list_query = options["query"], options["list_query"]
-        self.module, mark = load_module(options["module"])
-        self.sqlite = options["module"] == "sqlite3"
-        database, connect = options["database"], options["connect"]
-        refuse(self.sqlite and not database
-               and "database: is empty; write e.g. /srv/people.db",
-               database and not self.sqlite
-               and "database: is for module = sqlite3; write connect",
+        database, name, connect, self.query, self.list_query = (
+            options[row[0]] for row in self.settings)
+        try:
+            self.module = importlib.import_module(name)
+            if not self.module.threadsafety:
+                raise TypeError("threads may not use it")
+            mark = MARKS[self.module.paramstyle]
+        except Exception as error:      # importing may do anything
+            reason = " ".join(str(error).split())
+            raise ValueError(f'module: "{name}" cannot be used ({reason});'
+                             " install a DB-API 2 module, or write sqlite3"
+                             ) from None
+        self.sqlite = name == "sqlite3"
+        refuse(self.sqlite != bool(database)
+               and "database: is for module = sqlite3, which needs it; write"
+               " e.g. /srv/people.db, or connect for another module",
                connect and self.sqlite
                and "connect: is for other modules; write database",
                # The text is not shown: a password may be in it.
@@ -1088,9 +1073,7 @@ class SqlBackend:
                and "connect: is not made of name=value words; write e.g."
                " dbname=people password='with spaces'",
                self.query.count(mark) != 1 and f"query: does not have {mark}"
-               " once; write it where the name goes, and nowhere else",
-               mark in self.list_query and f"list_query: has {mark}, but a"
-               " list has no name; leave it out")
+               " once; write it where the name goes, and nowhere else")
         self.arguments = {
             name: int(plain) if re.fullmatch("-?[0-9]+", plain)
             else quoted or plain
@@ -1263,8 +1246,10 @@ def format_mail(path):
     """Report when mail came and was read; nothing if we may not see it."""
     try:
         info = os.stat(path)
-    except OSError as error:
-        return "" if error.errno == errno.EACCES else "No mail."
+    except PermissionError:
+        return ""
+    except OSError:
+        return "No mail."
     came, read = int(info.st_mtime), int(info.st_atime)
     if not info.st_size:
         return "No mail."
@@ -1272,14 +1257,6 @@ def format_mail(path):
         return f"Mail last read {format_time(read, '%Y ')}"
     return (f"New mail received {format_time(came, '%Y ')}\n"
             f"     Unread since {format_time(read, '%Y ')}")
-
-
-def format_file(home, owner, item):
-    """Give the text of a user's own file, or what is said without one."""
-    text = read_file(home, f".{item}", owner)
-    if text is None:
-        return "No Plan." if item == "plan" else ""
-    return FILES[item] + text[:len(text) - text.endswith("\n")]
 
 
 class AccountsBackend:
@@ -1315,9 +1292,7 @@ class AccountsBackend:
                self.show_local and not options["local"] and
                "show_local: is for nobody; write local = 127.0.0.0/8 ::1",
                not numbers and f'uids: "{uids}" is not a range of numbers;'
-               " write e.g. 1000-59999",
-               not options["hide_file"]
-               and "hide_file: is empty; write e.g. .nofinger")
+               " write e.g. 1000-59999")
         self.uids = range(int(numbers[1]), int(numbers[2]) + 1)
 
     def enter_chroot(self, path):
@@ -1328,7 +1303,7 @@ class AccountsBackend:
         """Give what is shown of the accounts of a name; None: no such user."""
         soonest = time.monotonic() + min(SAME_TIME, timeout)
         items = self._items(client)
-        texts = [self._show(entry, items) for entry in self._find(user)]
+        texts = {self._show(login, items): None for login in self._find(user)}
         text = "\n".join(filter(None, texts))
         if not text:
             time.sleep(max(0, soonest - time.monotonic()))
@@ -1340,20 +1315,20 @@ class AccountsBackend:
         if "login" not in items:
             return None
         deadline = time.monotonic() + timeout
-        logins, shown = read_logins(self.utmp), {}
+        logins, texts = read_logins(self.utmp), {}
         for login in logins:
             seconds_left(deadline)
-            if login.name not in shown:
-                entry = self._account(login.name)
-                text = self._show(entry, items if verbose else ())
-                shown[login.name] = text and (split_gecos(entry)[0], text)
-        logins = [login for login in logins if shown[login.name]]
+            if login.name not in texts:
+                texts[login.name] = self._show(login.name,
+                                               items if verbose else ())
+        logins = [login for login in logins if texts[login.name]]
         if not logins:
             return "No one logged on.\n"
         if verbose:
-            return "\n".join(text for _, text in filter(None, shown.values()))
+            return "\n".join(filter(None, texts.values()))
         lines = sorted(
-            f"{login.name:14}  {shown[login.name][0]:24}  "
+            f"{login.name:14}  "
+            f"{texts[login.name].partition('Name: ')[2].strip():24}  "
             + time.strftime("%b %e %R\n", time.localtime(login.since))
             for login in logins)
         # rogallo makes a menu of a table with this first line.
@@ -1361,20 +1336,12 @@ class AccountsBackend:
 
     def _items(self, client):
         """Give what is shown to a client."""
-        address = ipaddress.ip_address(client)
-        local = any(address in network for network in self.options["local"])
+        local = any(ipaddress.ip_address(client) in network
+                    for network in self.options["local"])
         return self.show | self.show_local if local else self.show
 
-    def _account(self, login):
-        """Give the account with this login, None for a system's."""
-        with contextlib.suppress(KeyError, ValueError):
-            entry = self.passwd.getpwnam(login)
-            if entry.pw_uid in self.uids:
-                return entry
-        return None
-
     def _find(self, name):
-        """Give the accounts of a name."""
+        """Give what may be logins of a name."""
         if not PLAIN_NAME.fullmatch(name):
             return []
         logins = [name, name.lower()]
@@ -1382,15 +1349,18 @@ class AccountsBackend:
             logins += [entry.pw_name for entry in self.passwd.getpwall()
                        if entry.pw_uid in self.uids and name.lower()
                        in split_gecos(entry)[0].lower().split()][:MAX_MATCHES]
-        entries = filter(None, map(self._account, dict.fromkeys(logins)))
-        return {entry.pw_name: entry for entry in entries}.values()
+        return dict.fromkeys(logins)
 
-    def _show(self, entry, items):
-        """Give the lines of an account; None if it is hidden."""
-        if not entry:
+    def _show(self, login, items):
+        """Give the lines of an account; None if there is none to be seen."""
+        try:
+            entry = self.passwd.getpwnam(login)
+        except (KeyError, ValueError):
+            return None
+        if entry.pw_uid not in self.uids:
             return None
         try:
-            with open_folder(entry.pw_dir) as home:
+            with opened(entry.pw_dir, FOLDER_FLAGS) as home:
                 with contextlib.suppress(FileNotFoundError):
                     os.stat(self.options["hide_file"], dir_fd=home,
                             follow_symlinks=False)
@@ -1419,8 +1389,14 @@ class AccountsBackend:
         if "login" in items:
             yield from self._login_lines(entry, items)
         for item in filter(items.__contains__, FILES):
-            yield (format_mail(self.mail + entry.pw_name) if item == "mail"
-                   else format_file(home, entry.pw_uid, item))
+            if item == "mail":
+                yield format_mail(self.mail + entry.pw_name)
+                continue
+            text = read_file(home, f".{item}", entry.pw_uid)
+            if text is not None:
+                yield FILES[item] + text[:len(text) - text.endswith("\n")]
+            elif item == "plan":
+                yield "No Plan."
 
     def _login_lines(self, entry, items):
         """Yield a line for each login, and for a later one or the last."""
@@ -1429,29 +1405,26 @@ class AccountsBackend:
         records = read_records(self.lastlog, LASTLOG, entry.pw_uid,
                                LASTLOG.size)
         # It ends with the highest number that has ever logged in.
-        last: Any = Login(*(records or [(0, "", "")])[0])
+        last = Login(*(records or [(0, "", "")])[0])
         ttys = [login.tty for login in logins]
-        if records is None or logins and (last.tty in ttys or last.since
-                                          <= min(logins).since):
-            last = None
-        width = max(map(len, [*ttys, last.tty if last else ""]))
-
-        def place(login):
-            shown = login.host and "from" in items
-            return f" on {login.tty}" + f" from {login.host}" * bool(shown)
-
+        if records is not None and not (logins and (
+                last.tty in ttys or last.since <= min(logins).since)):
+            logins.append(last)
+        width = max((len(login.tty) for login in logins), default=0)
         for login in logins:
-            where, idle = place(login), ""
-            if "idle" in items:
-                idle = format_idle(login.tty, "\n" * (" from " in where)
-                                   + " " * (width - len(login.tty) + 3))
-            yield f"On since {format_time(login.since)}{where}{idle}"
-        if last and last.since:
-            old = time.time() - last.since >= HALF_YEAR
-            yield (f"Last login {format_time(last.since, '%Y ' * old)}"
-                   + place(last))
-        elif last:
-            yield "Never logged in."
+            place, idle = f" on {login.tty}", ""
+            if login.host and "from" in items:
+                place += f" from {login.host}"
+            if login is not last:
+                if "idle" in items:
+                    idle = format_idle(login.tty, "\n" * (" from " in place)
+                                       + " " * (width - len(login.tty) + 3))
+                yield f"On since {format_time(login.since)}{place}{idle}"
+            elif last.since:
+                year = "%Y " * (time.time() - last.since >= HALF_YEAR)
+                yield f"Last login {format_time(last.since, year)}{place}"
+            else:
+                yield "Never logged in."
 
 
 BACKENDS = {"accounts": AccountsBackend, "files": FilesBackend,
