@@ -22,7 +22,6 @@ import functools
 import html
 import http.client
 import importlib
-import io
 import ipaddress
 import itertools
 import os
@@ -37,7 +36,6 @@ import ssl
 import stat
 import struct
 import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -49,24 +47,21 @@ __version__ = "1.0"
 
 # ---- Text and names ---------------------------------------------------------
 
-PIECE = 1024        # bytes for a codec, characters for re, at once: no other
-                    # thread runs meanwhile
+# While a codec or re is at work, no other thread runs.
+PIECE = 1024        # bytes or characters for them at once
 MAX_NAME = 64       # characters: more than any login has; bounds a pattern
-MAX_MATCH = 0.05    # seconds for one name: no other thread runs meanwhile
+MAX_MATCH = 0.05    # seconds for one name
 MAX_CHECK = 0.5     # seconds for all names that a pattern is tried on
 
 
 def make_text(data: Any, codec: str, limit: int, convert: Any = str) -> str:
     """Make text of limit bytes at most, cut at a line; bad ones as \\x9b."""
     whole, data = len(data) <= limit, data[:limit]
-    if whole and len(data) <= PIECE:        # as most are
-        text = convert(data.decode(codec, "backslashreplace"))
-    else:
-        decoder = codecs.getincrementaldecoder(codec)("backslashreplace")
-        pieces = [decoder.decode(data[start:start + PIECE])
-                  for start in range(0, len(data), PIECE)]
-        # Half a character at the limit is dropped, here and below.
-        text = convert("".join(pieces) + decoder.decode(b"", whole))
+    decoder = codecs.getincrementaldecoder(codec)("backslashreplace")
+    pieces = [decoder.decode(data[start:start + PIECE])
+              for start in range(0, len(data), PIECE)]
+    # Half a character at the limit is dropped, here and below.
+    text = convert("".join(pieces) + decoder.decode(b"", whole))
     data = text.encode("utf-8", "backslashreplace")
     if whole and len(data) <= limit:
         return text
@@ -104,18 +99,15 @@ def check_all(*checks: Callable[[], Any]) -> list[Any]:
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
     """Compile what a whole name must match, if no name takes it long."""
-    wrong = "" if pattern else "is empty; write e.g. [a-z]+"
+    refuse(not pattern and "pattern: is empty; write e.g. [a-z]+")
     try:
         regex = re.compile(pattern)
-        name = (threading.current_thread() is threading.main_thread()
-                and find_slow_name(regex))      # signals need it
-        if name:
-            wrong = (f'takes over {MAX_MATCH:g} seconds for the name "{name}";'
-                     " write no repeat inside another")
     except (re.error, OverflowError, RecursionError) as error:
-        wrong = f"is not a regular expression ({error}); correct it"
-    if wrong:
-        raise ValueError(f'pattern: "{pattern}" {wrong}')
+        raise ValueError(f'pattern: "{pattern}" is not a regular expression'
+                         f" ({error}); correct it") from None
+    name = find_slow_name(regex)
+    refuse(name and f'pattern: "{pattern}" takes over {MAX_MATCH:g} seconds'
+           f' for the name "{name}"; write no repeat inside another')
     return regex
 
 
@@ -127,29 +119,24 @@ def fits(regex: re.Pattern[str], name: str) -> bool:
 
 @functools.lru_cache(maxsize=64)        # a reload has no time for it again
 def find_slow_name(regex: re.Pattern[str]) -> str | None:
-    """Find a name that takes more than MAX_MATCH seconds of computing.
-
-    They are counted by a timer, whose signal interrupts re.
-    """
-    def stop(*args):
+    """Find a name that takes more than MAX_MATCH seconds, by a timer."""
+    def stop(*args):                    # the signal interrupts re
         raise TimeoutError
 
-    timer, name, start = signal.ITIMER_VIRTUAL, None, time.monotonic()
-    handler = signal.signal(signal.SIGVTALRM, stop)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGVTALRM})
+    timer, end = signal.ITIMER_VIRTUAL, time.monotonic() + MAX_CHECK
+    signal.signal(signal.SIGVTALRM, stop)
     try:
         for name in hostile_names(regex.pattern):
             signal.setitimer(timer, MAX_MATCH)
             regex.fullmatch(name)
-            if time.monotonic() > start + MAX_CHECK:
+            if time.monotonic() > end:
                 break
-        signal.setitimer(timer, 0)
-        return None
     except TimeoutError:
         return name
     finally:
         signal.setitimer(timer, 0)
-        signal.signal(signal.SIGVTALRM, handler or signal.SIG_DFL)
+        signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
+    return None
 
 
 def hostile_names(pattern: str) -> Iterator[str]:
@@ -198,23 +185,19 @@ class Run:
         self.errors = bytearray()
         self.ended = False          # by itself: its status means something
         self.timed_out = False
-        # Not Popen's own pipes: before Python 3.11 it leaves some open when
-        # it runs out of descriptors.
-        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
-            self.stdout, stdout = open_pipe(ours, theirs)
-            self.stderr, stderr = open_pipe(ours, theirs)
-            # Debian's finger obeys .nofinger only when stdin is a socket.
-            stdin, peer = map(theirs.enter_context, socket.socketpair())
-            peer.close()
-            with live_lock:
-                # As bytes, so that the daemon's locale cannot spoil a name.
-                self.process = subprocess.Popen(
-                    [argv[0], *(word.encode() for word in argv[1:])],
-                    env={key.encode(): env[key].encode() for key in env},
-                    stdin=stdin.fileno(), stdout=stdout, stderr=stderr,
-                    close_fds=True, start_new_session=True)
-                live_runs.add(self)
-            self.pipes = ours.pop_all()
+        # Debian's finger obeys .nofinger only when stdin is a socket.
+        stdin, peer = socket.socketpair()
+        peer.close()
+        with stdin, live_lock:
+            # As bytes, so that the daemon's locale cannot spoil a name.
+            self.process = subprocess.Popen(
+                [argv[0], *(word.encode() for word in argv[1:])],
+                env={key.encode(): env[key].encode() for key in env},
+                stdin=stdin.fileno(), stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, start_new_session=True)
+            live_runs.add(self)
+        self.pipes: Any = {self.process.stdout: self.output,
+                           self.process.stderr: self.errors}
 
     def read(self, limit: int, deadline: float) -> None:
         """Read both pipes until all is said, or too much, or too late.
@@ -222,26 +205,27 @@ class Run:
         After the end of the program or of its pipes, the other gets LINGER
         seconds: a grandchild may hold a pipe, a program close them and sleep.
         """
-        closing, silent = deadline, False
+        silent = False
         with selectors.DefaultSelector() as selector:
-            selector.register(self.stdout, selectors.EVENT_READ, self.output)
-            selector.register(self.stderr, selectors.EVENT_READ, self.errors)
+            for pipe, data in self.pipes.items():
+                selector.register(pipe, selectors.EVENT_READ, data)
             while len(self.output) <= limit and not (silent and self.ended):
-                left = closing - time.monotonic()
-                if left <= 0:
-                    self.timed_out = not (silent or self.ended)
-                    return
+                left = deadline - time.monotonic()
                 tick = LAST_TICK if silent else TICK
-                for key, _ in selector.select(min(left, tick)):
+                for key, _ in selector.select(max(0, min(left, tick))):
                     data = os.read(key.fd, READ_SIZE)
                     key.data.extend(data)
                     if not data:
                         selector.unregister(key.fileobj)
                 del self.errors[MAX_STDERR:]
+                if left <= 0:
+                    self.timed_out = not (silent or self.ended)
+                    return
+                lingers = silent or self.ended
                 silent = not selector.get_map()
                 self.ended = self._has_ended(silent)
-                if closing == deadline and (silent or self.ended):
-                    closing = min(deadline, time.monotonic() + LINGER)
+                if (silent or self.ended) and not lingers:
+                    deadline = min(deadline, time.monotonic() + LINGER)
 
     def _has_ended(self, silent):
         """Report whether the program has ended, without reaping it."""
@@ -265,17 +249,11 @@ class Run:
         with live_lock:
             live_runs.discard(self)
             self.kill()
-        self.pipes.close()
+        for pipe in self.pipes:
+            pipe.close()
         # One that is stuck in the kernel is reaped by a later Popen.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(REAP_TIME)
-
-
-def open_pipe(ours, theirs):
-    """Open a pipe, each end to be closed with one of two ExitStacks."""
-    reader, writer = os.pipe()
-    theirs.callback(os.close, writer)
-    return ours.enter_context(open(reader, "rb", 0)), writer
 
 
 # ---- finger -----------------------------------------------------------------
@@ -292,16 +270,10 @@ def split_command(setting, text):
         raise ValueError(f'{setting}: "{text}" cannot be split into words;'
                          " close every quote") from None
     path = shutil.which(program, path=PATH)
-    if "{user}" in program:
-        wrong = "lets the client name the program; write {user} behind it"
-    elif "{user}" in text and setting == "list_command":
-        wrong = "has {user}, but a list has no user; leave it out"
-    elif path is None or not os.path.isabs(path):
-        wrong = (f"begins neither with a program in {PATH} nor with the path"
-                 " of one; install it, or correct its name")
-    else:
-        return [path, *words]
-    raise ValueError(f'{setting}: "{text}" {wrong}')
+    refuse((path is None or not os.path.isabs(path))
+           and f'{setting}: "{text}" begins neither with a program in {PATH}'
+           " nor with the path of one; install it, or correct its name")
+    return [path, *words]
 
 
 class FingerBackend:
@@ -328,9 +300,9 @@ class FingerBackend:
         self.report, self.max_output = report, options["max_output"]
         texts = {row[0]: options[row[0]] for row in self.settings[:3]
                  if options[row[0]] or row[0] == "command"}
-        command, verbose_command = (row[2] for row in self.settings[:2])
-        if (texts["command"] != command
-                and options["verbose_command"] == verbose_command):
+        command, verbose = (row[2] for row in self.settings[:2])
+        if (options["command"] != command
+                and options["verbose_command"] == verbose):
             del texts["verbose_command"]    # not finger beside another program
         *commands, self.pattern = check_all(
             *(functools.partial(split_command, *row) for row in texts.items()),
@@ -355,10 +327,11 @@ class FingerBackend:
         """Run the command for user; None: no such user."""
         if not fits(self.pattern, user):
             return None
-        words = self.commands["command"]
+        command = self.commands["command"]
         if verbose:
-            words = self.commands.get("verbose_command", words)
-        argv = [word.replace("{user}", user) for word in words]
+            command = self.commands.get("verbose_command", command)
+        program, *words = command
+        argv = [program, *(word.replace("{user}", user) for word in words)]
         return self._ask(argv, user, verbose, client, timeout)
 
     def user_list(self, verbose, client, timeout):
@@ -392,9 +365,6 @@ class FingerBackend:
             raise OSError(f"{argv[0]}: ended by signal {-status}")
         if UNKNOWN.fullmatch(text.strip() or errors):
             return None
-        if not text and not run.ended:
-            raise OSError(f"{argv[0]}: closed its output without a word and"
-                          " kept running")
         return text or None
 
 
@@ -412,7 +382,7 @@ TOKEN = re.compile(r"""
     """, re.VERBOSE | re.ASCII | re.IGNORECASE)
 COMMENT_END = re.compile("--!?>")
 TAG_STOP = re.compile(r""">|=\s*["']""")
-# Elements without tags in them, and what ends each.
+# Elements that are left out, and what ends each.
 RAW = {tag: re.compile(rf"</{tag}(?![a-z0-9])", re.ASCII | re.IGNORECASE)
        for tag in ("iframe", "object", "script", "style", "svg", "template",
                    "title")}
@@ -432,128 +402,105 @@ TAG_GAPS = {
 
 # Encodings of pages, by the names of Python's modules, all loaded at the start
 # (a chroot may hide them).  Others ("hex", "punycode") are not text, or slow.
-CODECS = {
-    "big5", "cp437", "cp850", "cp866", "euc_jp", "euc_kr", "gb18030",
-    "gb2312", "gbk", "iso2022_jp", "koi8_r", "koi8_u", "mac_roman",
-    "shift_jis", "utf_16", "utf_16_be", "utf_16_le", "utf_8_sig",
+CODECS = {name: name for name in (
+    "big5", "cp437", "cp850", "cp866", "euc_jp", "euc_kr", "gb18030", "gb2312",
+    "gbk", "iso2022_jp", "koi8_r", "koi8_u", "mac_roman", "shift_jis",
     *(f"cp125{part}" for part in range(9)),
-    *(f"iso8859_{part}" for part in range(2, 17) if part not in (11, 12))}
-# What pages call ASCII or Latin 1 is Windows 1252 (WHATWG Encoding 4.2); a
-# mark at the start of UTF-8 is not text.
-READ_AS = {"ascii": "cp1252", "latin_1": "cp1252", "utf_8": "utf_8_sig"}
-# When it is seen as ASCII it is not UTF-16 (WHATWG HTML 13.2.3.2).
-META = re.compile(r"<meta\b[^>]{0,200}?\bcharset\s*=\s*[\"']?"
-                  r"(?!utf-16)([\w.:-]{1,40})", re.ASCII | re.IGNORECASE)
-CHARSET = re.compile(r";\s*charset\s*=\s*[\"']?([\w.:-]{1,40})",
+    *(f"iso8859_{part}" for part in range(2, 17) if part not in (11, 12)))}
+# What pages call ASCII or Latin 1 is Windows 1252 (WHATWG Encoding 4.2).
+CODECS["ascii"] = CODECS["latin_1"] = "cp1252"
+CHARSET = re.compile(r"\bcharset\s*=\s*[\"']?([\w.:-]{1,40})",
                      re.ASCII | re.IGNORECASE)  # email.message is quadratic
 
 
 def choose_codec(content_type, page, is_html):
     """Choose how to read a page: by its header, its <meta>, or as UTF-8."""
-    found = CHARSET.search(content_type)
-    if not found and is_html:           # HTML must name it in its first KiB
-        found = META.search(page[:1024].decode("latin-1"))
+    # HTML must name it in its first KiB.
+    start = page[:1024].decode("latin-1") if is_html else ""
+    found = CHARSET.search(content_type) or CHARSET.search(start)
     name = re.sub("[^a-z0-9]+", "_", found[1].lower()) if found else ""
     name = encodings.aliases.aliases.get(name, name)
-    name = READ_AS.get(name, name)
-    return name if name in CODECS else "utf_8_sig"
+    return CODECS.get(name, "utf_8_sig")
 
 
 def html_text(page: str) -> str:
-    """Turn HTML, however broken, into lines of text; the title comes first."""
-    title, pre, pieces = "", 0, []
-    for tag, end, text in html_tokens(page):
-        if not tag:
-            pieces += split_text(text, pre > 0)
-        elif tag == "title":
-            title = title or join_pieces(split_text(text, False))
-        elif tag == "li" and not end:
-            pieces += [LINE, BULLET]
+    """Turn HTML, however broken, into lines of text."""
+    text, gap = [""], PARAGRAPH
+    for wanted, word in html_pieces(page):
+        if wanted == BREAK:
+            gap = PARAGRAPH if gap >= LINE else LINE
         else:
-            pieces.append(TAG_GAPS.get(tag, NONE))
-        if tag == "pre":
-            pre = max(0, pre - 1) if end else pre + 1
-    body = join_pieces(pieces)
-    if title and body.partition("\n")[0].strip().lower() != title.lower():
-        body = f"{title}\n\n{body}"
-    return body.strip("\n") + "\n" if body else ""
+            gap = max(gap, wanted)
+        if word:
+            if text[-1] == BULLET and word != BULLET:
+                gap = NONE          # a bullet has its text on its line
+            if gap >= LINE:
+                text[-1] = text[-1].rstrip()
+            text += [GAPS[gap], word]
+            gap = NONE
+    body = "".join(text).replace("\xa0", " ").strip("\n").rstrip()
+    return body + "\n" if body else ""
 
 
-def html_tokens(page: str) -> Iterator[tuple[str, str, str]]:
-    """Yield (tag, "/" if it is an end tag, raw text), or ("", "", text)."""
-    pos = 0
+def html_pieces(page: str) -> Iterator[tuple[int, str]]:
+    """Yield the text of a page in pieces, each with the gap before it."""
+    pos, pre = 0, False
     while pos < len(page):
         token: Any = TOKEN.match(page, pos)
-        pos, end, tag = token.end(), token["end"], token["tag"] or "!"
+        pos, end, tag = token.end(), token["end"], (token["tag"] or "").lower()
         if token["text"]:
-            yield "", "", token["text"]
+            yield from split_text(token["text"], pre)
         elif token[0] == "<!--":
             # "<!-->" is a whole comment.
-            _, pos = find_in_pieces(COMMENT_END, page, pos - len("--"))
+            pos = find_end(COMMENT_END, page, pos - len("--"))
         else:
-            start = pos = find_tag_end(page, pos)
-            tag = tag.lower()
+            pos = find_tag_end(page, pos)
             if tag in RAW and not end:
-                pos, _ = find_in_pieces(RAW[tag], page, start)
-            yield tag, end, page[start:min(pos, start + PIECE)]
+                pos = find_tag_end(page, find_end(RAW[tag], page, pos))
+            bullet = BULLET if tag == "li" and not end else ""
+            yield TAG_GAPS.get(tag, NONE), bullet
+            if tag == "pre":
+                pre = not end
 
 
-def find_in_pieces(regex, page, pos):
-    """Find start and end of a match; twice the page's end if there is none."""
+def split_text(text: str, pre: bool) -> Iterator[tuple[int, str]]:
+    """Yield a text without needless space; in <pre> its lines and spaces."""
+    text = html.unescape(text)
+    if pre:
+        *lines, text = re.split("\r\n?|\n", text)
+        for line in lines:
+            yield NONE, line.rstrip()
+            yield BREAK, ""
+        yield NONE, text
+    else:
+        text = re.sub("[ \t\n\r\f]+", " ", text)
+        yield SPACE if text.startswith(" ") else NONE, text.strip(" ")
+        yield SPACE if text.endswith(" ") else NONE, ""
+
+
+def find_end(regex: re.Pattern[str], page: str, pos: int) -> int:
+    """Find the end of a match, or of the page."""
     while pos < len(page):
         found = regex.search(page, pos, pos + PIECE)
         if found:
-            return found.span()
+            return found.end()
         pos += PIECE - 16       # more than what ends a comment or an element
-    return len(page), len(page)
+    return len(page)
 
 
-def find_tag_end(page, pos):
+def find_tag_end(page: str, pos: int) -> int:
     """Find the end of a tag; a ">" in a quoted value does not end it."""
     while True:
-        start, pos = find_in_pieces(TAG_STOP, page, pos)
-        if start == pos or page[start] == ">":
+        pos = find_end(TAG_STOP, page, pos)
+        if pos == len(page) or page[pos - 1] == ">":
             return pos
         pos = page.find(page[pos - 1], pos) + 1 or len(page)
-
-
-def split_text(text, pre):
-    """Give words and gaps of a text; in <pre> its lines and spaces."""
-    text = html.unescape(text)
-    if pre:
-        *lines, last = re.split("\r\n?|\n", text)
-        return [*itertools.chain(*((line.rstrip(), BREAK) for line in lines)),
-                last]
-    text = re.sub("[ \t\n\r\f]+", " ", text)
-    return [SPACE if text.startswith(" ") else NONE, text.strip(" "),
-            SPACE if text.endswith(" ") else NONE]
-
-
-def join_pieces(pieces):
-    """Join words, the strongest of the gaps between two of them kept."""
-    text, gap = [""], PARAGRAPH
-    for piece in pieces:
-        if isinstance(piece, str) and piece:
-            if piece == text[-1] == BULLET:
-                gap = LINE
-            if gap >= LINE:
-                text[-1] = text[-1].rstrip()
-            text += [GAPS[gap], piece]
-            gap = NONE
-        elif text[-1] == BULLET:
-            gap = NONE      # a bullet has its text on its line
-        elif piece == BREAK:
-            gap = PARAGRAPH if gap >= LINE else LINE
-        elif piece:
-            gap = max(gap, piece)
-    return "".join(text).replace("\xa0", " ").strip("\n").rstrip()
 
 
 # ---- Connections: one deadline for address, connect, TLS and every byte -----
 
 PORTS = {"http": 80, "https": 443}
-AROUND = 131072     # bytes around a body: headers, sizes of chunks, trailers
-
+AROUND = 131072    # bytes around a body: headers, sizes of chunks, trailers
 
 # What a chroot hides is kept from before it, for reloads too.
 known_addresses: dict[Any, list[Any]] = {}      # of hosts, by name
@@ -583,69 +530,50 @@ def plain_failure(error: Exception) -> OSError:
 
 def dial(address, timeout, source=None):
     """Connect as socket.create_connection does, with one deadline."""
-    deadline, failure = time.monotonic() + timeout, OSError("no address")
-    hosts = find_addresses(address[0])
-    for tried, host in enumerate(hosts):
+    deadline = time.monotonic() + timeout
+    hosts = [*find_addresses(address[0])]
+    while True:
+        # A share for each: a dead address must not starve the next.
+        share = seconds_left(deadline) / len(hosts)
         try:
-            # A share for each: a dead address must not starve the next.
-            share = seconds_left(deadline) / (len(hosts) - tried)
-            sock = socket.create_connection((host, address[1]), share)
+            sock = socket.create_connection((hosts.pop(0), address[1]), share)
             sock.settimeout(seconds_left(deadline))
             return sock
-        except OSError as error:
-            failure = error
-    raise failure
+        except OSError:
+            if not hosts:
+                raise
 
 
-class BoundedFile(io.RawIOBase):
+class BoundedFile(socket.SocketIO):
     """What an origin sends, bounded in time and bytes, headers and all."""
 
-    # To work on a page, given up while waiting.  More at a time would not be
-    # done sooner, and the server waits for each thread that wants to run.
-    turn = threading.Lock()
-    has_turn = False
-
-    def __init__(self, sock, file, deadline):
-        self.sock, self.file, self.deadline = sock, file, deadline
-        self.left = AROUND
-
-    def readable(self):
-        return True
+    _sock: Any
+    deadline: float
+    left = AROUND
+    turn: Any = None        # a lock that is held, but not while waiting
 
     def readinto(self, buffer):
         if not self.left:
             raise OSError("headers, chunk sizes or trailers are too long")
-        had_turn = self.end_turn()
         # A timeout of the socket alone starts again with each byte.
-        self.sock.settimeout(seconds_left(self.deadline))
-        count = self.file.readinto(memoryview(buffer)[:self.left])
+        self._sock.settimeout(seconds_left(self.deadline))
+        if self.turn:
+            self.turn.release()
+        try:
+            count: Any = super().readinto(memoryview(buffer)[:self.left])
+        finally:
+            if self.turn:
+                self.turn.acquire()
         self.left -= count
         # For the TLS handshake that may follow a proxy's answer.
-        self.sock.settimeout(seconds_left(self.deadline))
-        if had_turn:
-            self.begin_turn()
+        self._sock.settimeout(seconds_left(self.deadline))
         return count
-
-    def begin_turn(self):
-        if not self.turn.acquire(timeout=seconds_left(self.deadline)):
-            raise TimeoutError("other pages took the time: timed out")
-        self.has_turn = True
-
-    def end_turn(self):
-        had_turn, self.has_turn = self.has_turn, False
-        if had_turn:
-            self.turn.release()
-        return had_turn
-
-    def close(self):
-        self.file.close()
-        super().close()
 
 
 class BoundedHandler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     """urllib's handler of http and https, what it reads bounded."""
 
-    tls: Any = None             # with all certificates loaded, in a chroot
+    tls: Any = None             # in a chroot, which hides the certificates
 
     def do_open(self, http_class, req, **options):
         deadline = time.monotonic() + req.timeout
@@ -654,8 +582,8 @@ class BoundedHandler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
 
         def respond(sock, **options):
             response = http.client.HTTPResponse(sock, **options)
-            response.fp = io.BufferedReader(BoundedFile(
-                sock, response.fp.detach(), deadline), READ_SIZE)
+            file: Any = response.fp.raw     # a SocketIO, and now one of ours
+            file.__class__, file.deadline = BoundedFile, deadline
             return response
 
         def connect(host, **options):
@@ -669,11 +597,10 @@ class BoundedHandler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
 
 # ---- web --------------------------------------------------------------------
 
-MAX_PAGES = 1000            # in a cache: a large staff
-MAX_CACHE = 8 * 1024 ** 2   # bytes of their texts: 8 KiB each
-MAX_REDIRECTS = 5           # between an old address of a page and its newest
-WEB_URL = re.compile(r"https?://(?:[\w.-]+|\[[\da-fA-F:.]+\])"
-                     r"(?::(?P<port>\d{1,5}))?(?:[/?#][!-~]*)?", re.ASCII)
+MAX_PAGES = 250         # in a cache: some 64 MB, if all are max_output long
+MAX_REDIRECTS = 5       # between an old address of a page and its newest
+WEB_URL = re.compile(r"https?://(?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d{1,5})?"
+                     r"(?:[/?][!-\"$-~]*)?", re.ASCII)
 TEXT_TYPE = re.compile(r"(?P<html>text/html|application/xhtml\+xml)"
                        r"|text/.*|application/(?:(?:.*\+)?(?:json|xml)|yaml)")
 
@@ -688,16 +615,10 @@ def choose_template(url: str, prefix: str) -> str:
 def check_url(setting: str, text: str) -> str:
     """Check a URL of the config: http or https, and a host of its own."""
     url = text + "{user}" if setting == "prefix" else text
-    found = WEB_URL.fullmatch(url)
-    users = url.partition("#")[0].count("{user}")   # "#..." is never sent
-    if not found or not 0 < int(found["port"] or 80) < 65536:
+    if not WEB_URL.fullmatch(url):
         text = re.sub("//.*@", "//...@", text)      # it may be a password
         wrong = "is not a web address; write https://host/path"
-    elif climbs(url):
-        wrong = 'has a "." or ".." segment; write the path without'
-    elif users > {"index": 0, "prefix": 1}.get(setting, users):
-        wrong = "has a {user} that has no place here; leave it out"
-    elif not users and setting != "index":
+    elif setting == "url" and "{user}" not in url:
         wrong = "has no place for the name; write {user} in its path"
     else:
         return url
@@ -711,29 +632,14 @@ def climbs(url: str) -> bool:
     return not {".", ".."}.isdisjoint(re.split(r"[/\\;]", path))
 
 
-def read_body(response, limit):
-    """Read up to limit bytes and one; read() would believe a size of -1."""
-    promised, body = response.length, bytearray()       # None: unknown
-    wanted = limit + 1 if promised is None else min(promised, limit + 1)
-    while len(body) < wanted:
-        data = response.read1(wanted - len(body))
-        if not data and promised:
-            raise OSError("the answer ended early")
-        if not data:
-            break
-        body += data
-    return body
-
-
 class Page:
-    """What is known of a page, and the lock of the thread that fetches it."""
+    """An answer, and the lock of the thread that fetches it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.answer: str | OSError | None = None    # None: no such user
-        self.came = 0.0             # monotonic: good for all that asked before
-        self.until = 0.0            # by the clock: good for all until then
-        self.stale_until = 0.0      # by the clock: good if a new one fails
+        self.until = 0.0            # good for all who ask before
+        self.stale_until = 0.0      # good until then if a new one fails
 
 
 class WebBackend:
@@ -745,6 +651,9 @@ class WebBackend:
     """
 
     waits = True
+    # For one page at a time to become text: the server waits for each thread
+    # that wants to run.
+    turn = threading.Lock()
     settings = (
         ("url", "text", "", "page of a user: https://example.org/~{user}"),
         ("prefix", "text", "", "the same in short, the name is appended"),
@@ -756,14 +665,14 @@ class WebBackend:
         ("redirect_hosts", "hosts", "", "to which redirects may lead, too"),
     )
 
-    def __init__(self, options, report, clock=time.monotonic):
+    def __init__(self, options, report):
         self.template, self.index, self.pattern = check_all(
             lambda: choose_template(options["url"], options["prefix"]),
             lambda: options["index"] and check_url("index", options["index"]),
             lambda: compile_pattern(options["pattern"]))
-        self.options, self.report, self.clock = options, report, clock
+        self.options, self.report = options, report
         self.lock = threading.Lock()
-        self.pages: dict[str, Page] = {}    # the one asked for last is last
+        self.find_page = functools.lru_cache(MAX_PAGES)(lambda url: Page())
         self.opener = urllib.request.OpenerDirector()   # follows no redirect
         self.opener.addheaders = [
             ("User-Agent", "fingerd/" + __version__),
@@ -771,18 +680,15 @@ class WebBackend:
         self.opener.add_handler(urllib.request.ProxyHandler())
         self.opener.add_handler(
             BoundedHandler(context=ssl.create_default_context()))
-        for name in CODECS | {"idna"}:      # later they may be out of reach
+        # Later they may be out of reach.
+        for name in {*CODECS.values(), "utf_8_sig", "idna"}:
             codecs.lookup(name)
 
     def enter_chroot(self, path: str) -> None:
-        """Look the hosts up and load all certificates, while we can."""
+        """Look the hosts up and load the certificates, while we can."""
         hosts = {name: urlsplit(self.options[name]).hostname
                  for name in ("url", "prefix", "index") if self.options[name]}
-        proxies = [urlsplit(url if "//" in url else f"//{url}").hostname
-                   for scheme, url in urllib.request.getproxies().items()
-                   if scheme in PORTS]
-        for host in [*hosts.values(), *proxies,
-                     *self.options["redirect_hosts"]]:
+        for host in [*hosts.values(), *self.options["redirect_hosts"]]:
             with contextlib.suppress(OSError):
                 known_addresses[host] = find_addresses(host)
         refuse(*(f"{name}: no address of {host} is found, nor will be in the"
@@ -790,10 +696,6 @@ class WebBackend:
                  for name, host in hosts.items()
                  if host not in known_addresses))
         BoundedHandler.tls = ssl.create_default_context()
-        folder = ssl.get_default_verify_paths().capath
-        for name in os.listdir(folder) if folder else ():
-            with contextlib.suppress(OSError):      # SSLError is one
-                BoundedHandler.tls.load_verify_locations(f"{folder}/{name}")
 
     def lookup(self, user, verbose, client, timeout):
         """Give the text of the user's page; None: no such user."""
@@ -813,11 +715,13 @@ class WebBackend:
 
     def _answer(self, url, timeout):
         """Give the text of a page, fetched by one thread for all that ask."""
-        asked, page = time.monotonic(), self._page(url)
+        asked = time.monotonic()
+        with self.lock:
+            page = self.find_page(url)
         if not page.lock.acquire(timeout=max(timeout, 0)):
             raise TimeoutError(f"GET {url}: timed out")
         try:
-            if page.came < asked and self.clock() >= page.until:
+            if asked >= page.until:
                 self._renew(page, url, asked + timeout)
             answer = page.answer
         finally:
@@ -826,36 +730,27 @@ class WebBackend:
             raise type(answer)(f"GET {url}: {answer}")
         return answer
 
-    def _page(self, url):
-        """Give what is known of a page; forget what was asked for least."""
-        with self.lock:
-            page = self.pages[url] = self.pages.pop(url, Page())
-            sizes = [sys.getsizeof(known.answer)
-                     for known in self.pages.values()]
-            while len(self.pages) > MAX_PAGES or sum(sizes) > MAX_CACHE:
-                del self.pages[next(iter(self.pages))], sizes[0]
-            return page
-
     def _renew(self, page, url, deadline):
         """Fetch a page; when that fails, what is known of it may do."""
-        stale = self.clock() < page.stale_until
+        stale = time.monotonic() < page.stale_until
         if stale:       # leave time to give it
             deadline -= (deadline - time.monotonic()) / 2
         try:
             page.answer = self._fetch(url, deadline)
+            page.until = time.monotonic() + self.options["cache"]
             if self.options["cache"]:
-                page.until = self.clock() + self.options["cache"]
                 page.stale_until = page.until + self.options["stale"]
+            return
         except (OSError, http.client.HTTPException, ValueError,
                 OverflowError) as error:
             failure = plain_failure(error)
-            if stale:
-                self.report(f"an old answer is given: GET {url}: {failure}")
-            else:
-                page.answer = failure
-                if isinstance(failure, TimeoutError):
-                    return      # others may have more time
-        page.came = time.monotonic()
+        if stale:
+            self.report(f"an old answer is given: GET {url}: {failure}")
+        else:
+            page.answer = failure
+        if stale or not isinstance(failure, TimeoutError):
+            page.until = time.monotonic()
+        # Else others may have more time.
 
     def _fetch(self, url, deadline):
         """Get a page, by redirects if need be, as text; None: not there."""
@@ -864,15 +759,13 @@ class WebBackend:
             response = self.opener.open(url, None, seconds_left(deadline))
             with response:
                 if response.status not in (301, 302, 303, 307, 308):
-                    return self._read(response)
+                    return self._read(response, deadline)
                 location = response.headers.get("Location", "")
             url = self._follow(origin, url, location)
         raise OSError(f"more than {MAX_REDIRECTS} redirects")
 
     def _follow(self, origin, url, location):
         """Check where a redirect leads."""
-        # http.client reads headers as Latin 1.
-        location = quote(location, "!#$%&'()*+,/:;=?@[]~", "latin-1")
         target = urljoin(url, location)
         first, parts = urlsplit(origin), urlsplit(target)
         hosts = {first.hostname, *self.options["redirect_hosts"]}
@@ -884,7 +777,7 @@ class WebBackend:
             raise OSError(f'redirected to "{target}", which is not allowed')
         return target
 
-    def _read(self, response):
+    def _read(self, response, deadline):
         """Make text of a final response; None: no such page."""
         kind = response.headers.get_content_type()
         coding = response.headers.get("Content-Encoding", "").strip().lower()
@@ -897,17 +790,17 @@ class WebBackend:
             raise OSError(f'its type "{kind}" is not text')
         if coding not in ("", "identity"):
             raise OSError(f'its encoding "{coding}" was not asked for')
-        limit, source = self.options["max_output"], response.fp.raw
-        source.left += limit
-        source.begin_turn()
-        try:
-            body = read_body(response, limit)
+        limit, is_html = self.options["max_output"], found["html"]
+        with self.turn:
+            response.fp.raw.turn = self.turn
+            response.fp.raw.left += limit
+            body = response.read(limit + 1)
+            if response.length and len(body) <= limit:
+                raise http.client.IncompleteRead(body)
+            seconds_left(deadline)
             codec = choose_codec(response.headers.get("Content-Type", ""),
-                                 body, found["html"])
-            return make_text(body, codec, limit,
-                             html_text if found["html"] else str)
-        finally:
-            source.end_turn()
+                                 body, is_html)
+            return make_text(body, codec, limit, html_text if is_html else str)
 
 
 # ---- Files as an enemy wrote them -------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import codecs
+import concurrent.futures
 import contextlib
 import ctypes
 import encodings
@@ -4625,25 +4626,17 @@ def defaults(kind):
 
 def in_threads(jobs):
     """Run functions at the same moment; return what each gave or raised."""
-    results: list[Any] = [None] * len(jobs)
     start = threading.Barrier(len(jobs))
 
-    def work(number, job):
+    def work(job):
         start.wait(HANG)
         try:
-            results[number] = job()
+            return job()
         except Exception as error:
-            results[number] = error
+            return error
 
-    threads = [threading.Thread(target=work, args=pair, daemon=True)
-               for pair in enumerate(jobs)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(3 * HANG)
-        if thread.is_alive():
-            raise AssertionError("a thread hangs")
-    return results
+    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+        return list(pool.map(work, jobs))
 
 
 class Family:
@@ -4687,9 +4680,8 @@ class Origin(http.server.ThreadingHTTPServer):
         self.pages = pages or {}
         self.tls, self.greet, self.tunnel = tls, greet, tunnel
         self.asked = []
-        self.headers = []
+        self.headers = None                 # of the last request
         self.leaving = threading.Event()
-        self.busy = threading.Event()       # a request has come
         super().__init__(("127.0.0.1", 0), OriginHandler)
         self.port = self.server_address[1]
         self.url = f"http{'s' if tls else ''}://127.0.0.1:{self.port}"
@@ -4720,8 +4712,7 @@ class OriginHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.asked.append(self.path)
-        self.server.headers.append(self.headers)
-        self.server.busy.set()
+        self.server.headers = self.headers
         page = self.server.pages.get(self.path, (404, {}, b"not here"))
         if callable(page):
             page(self)
@@ -4753,10 +4744,6 @@ def text_page(text):
     return (200, {"Content-Type": "text/plain; charset=utf-8"}, text.encode())
 
 
-def html_page(text):
-    return (200, {"Content-Type": "text/html; charset=utf-8"}, text.encode())
-
-
 def raw(*parts, pause=0.0, then=b"", rest=0.0):
     """A page that sends these bytes and no other, with a pause between.
 
@@ -4776,38 +4763,13 @@ def drip(head, then=b"x"):
     return raw(head, then=then, rest=0.02)
 
 
-def wait_for_end(handler):
-    """A page that says nothing."""
-    handler.server.leaving.wait(HANG)
-
-
-PREAMBLE = """\
-import os, signal, socket, sys, threading
-import fingerd_backends
-def make(name, **options):
-    kind = fingerd_backends.BACKENDS[name]
-    converted = {"max_output": 5000, "cache": 60.0, "stale": 1.0,
-                 "redirect_hosts": ()}
-    return kind({row[0]: options.get(row[0], converted.get(row[0], row[2]))
-                 for row in kind.settings}, print)
-def ask(backend, user, timeout=10):
-    try:
-        return backend.lookup(user, False, "", timeout)
-    except OSError as error:
-        return type(error).__name__
-"""
-
-
 def run_python(test, code, *args):
     """Run code in a Python of its own; return what it prints."""
-    folder = os.path.dirname(fingerd_backends.__file__)
     result = subprocess.run(
-        [sys.executable, "-W", "error", "-B", "-c",
-         PREAMBLE + textwrap.dedent(code), *args], capture_output=True,
-        timeout=HANG, text=True, check=False,
-        env=dict(os.environ, PYTHONPATH=folder))
-    test.assertEqual(result.stderr, "")
-    test.assertEqual(result.returncode, 0)
+        [sys.executable, "-W", "error", "-B", "-c", textwrap.dedent(code),
+         *args], capture_output=True, timeout=HANG, text=True, check=False,
+        env=dict(os.environ, PYTHONPATH=str(HERE)))
+    test.assertEqual((result.returncode, result.stderr), (0, ""))
     return result.stdout
 
 
@@ -5112,7 +5074,7 @@ class WebContractTest(NamePatternContract):
             "/~alice": text_page("I am alice.\n"),
             "/~bob": text_page("I am bob.\n"),
             "/~broken": (500, {}, b"oops"),
-            "/~slow": drip(b"HTTP/1.0 200 OK\r\n\r\n"),
+            "/~slow": drip(HEAD + b"\r\n"),
             "/list": text_page("alice\nbob\n")})
         if listed:
             options["index"] = self.origin.url + "/list"
@@ -5223,69 +5185,71 @@ del BackendContract, NamePatternContract    # run by their heirs only
 class NamePatternTest(unittest.TestCase):
     """The patterns of operators are timed: re lets no other thread run."""
 
+    def tearDown(self):
+        self.assertEqual(signal.getitimer(signal.ITIMER_VIRTUAL), (0, 0))
+        self.assertIs(signal.getsignal(signal.SIGVTALRM), signal.SIG_DFL)
+
+    @mock.patch.object(fingerd_backends, "MAX_MATCH", 0.01)
     def test_refuses_patterns_that_a_name_keeps_busy(self):
-        for pattern in (
-                "([a-z]+[._-]?)+", "(a+)+", "(a|aa)+", r"(\w+\s?)*",
-                r"(\d+)*x", "([A-Z]+)*", "(.*)*x", "([^@]+)+@",
-                "user-([a-z]+)+", "weather:([a-z]+-?)*", "(ab|a|b)*",
-                "(abc|ab|c)+x", "(foo|bar):([a-z]+)+", "(x+x+)+y",
-                ".*a.*a.*a.*a.*a.*a", r"(\.+|[.-]+)*", "((a|b)*)*"):
+        slow = ('takes over 0.01 seconds for the name "[^"]{64}"; write no'
+                " repeat inside another")
+        for pattern, why in (
+                ("(a", r"is not a regular expression \(missing \),"
+                 r" unterminated subpattern at position 0\); correct it"),
+                *((pattern, slow) for pattern in (
+                    "([a-z]+[._-]?)+", "(a|aa)+", r"(\w+\s?)*", r"(\d+)*x",
+                    "([A-Z]+)*", "(.*)*x", "([^@]+)+@", "user-([a-z]+)+",
+                    "weather:([a-z]+-?)*", "(abc|ab|c)+x",
+                    "(foo|bar):([a-z]+)+", "(x+x+)+y",
+                    ".*a.*a.*a.*a.*a.*a", r"(\.+|[.-]+)*", "((a|b)*)*"))):
             with self.subTest(pattern), self.assertRaisesRegex(
-                    ValueError, f'^pattern: "{re.escape(pattern)}" takes over'
-                    ' 0.05 seconds for the name "[^"]{64}"; write no repeat'
-                    " inside another$"):
+                    ValueError, f'^pattern: "{re.escape(pattern)}" {why}$'):
                 fingerd_backends.compile_pattern(pattern)
 
-    def test_takes_patterns_that_are_quick_and_no_time_for_it(self):
+    def test_takes_patterns_that_are_quick(self):
         for pattern in (
-                "[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", r"\w[\w.+-]{0,63}", ".*",
-                "[a-z]+(:[a-z]+)?", "[a-z]+([._-][a-z]+)*", "alice|bob",
+                ".*", "[a-z]+(:[a-z]+)?", "[a-z]+([._-][a-z]+)*", "alice|bob",
                 "(?i)[a-z]{2,8}[0-9]*", r"[^\W\d]\w*", ".*a.*b", "(a+)(b+)"):
             with self.subTest(pattern):
-                begin = time.process_time()
                 fingerd_backends.compile_pattern(pattern)
-                self.assertLess(time.process_time() - begin, 0.3)
 
+    @mock.patch.object(fingerd_backends, "MAX_CHECK", 0.01)
     def test_does_not_take_a_long_time_as_a_whole(self):
-        # 20 ms for many a name: each is quick enough, but not all together.
-        begin = time.process_time()
-        with contextlib.suppress(ValueError):
-            fingerd_backends.compile_pattern(
-                ".*[a0._-].*[a0._-].*[a0._-].*[b-z].")
-        self.assertLess(time.process_time() - begin, 1)
+        end = time.monotonic() + HANG
+        names = itertools.takewhile(lambda _: time.monotonic() < end,
+                                    itertools.repeat("a"))
+        with mock.patch.object(fingerd_backends, "hostile_names",
+                               lambda pattern: names):
+            fingerd_backends.compile_pattern("any(thing)?")
+        self.assertLess(time.monotonic(), end)
 
-    def test_leaves_the_signal_as_it_was_be_it_blocked_or_ignored(self):
-        number = signal.SIGVTALRM
-        self.addCleanup(signal.signal, number, signal.getsignal(number))
-        self.addCleanup(signal.pthread_sigmask, signal.SIG_UNBLOCK, {number})
-        handlers: list[Any] = [print, signal.SIG_IGN, signal.SIG_DFL]
-        find: Any = fingerd_backends.find_slow_name
-        for handler, how, pattern in itertools.product(
-                handlers, (signal.SIG_BLOCK, signal.SIG_UNBLOCK),
-                ("[a-z]+", "(a+)+")):
-            with self.subTest(handler=handler, how=how, pattern=pattern):
-                signal.signal(number, handler)
-                signal.pthread_sigmask(how, {number})
-                name = find.__wrapped__(re.compile(pattern))
-                self.assertEqual(bool(name), pattern == "(a+)+")
-                self.assertIs(signal.getsignal(number), handler)
-                self.assertEqual(signal.getitimer(signal.ITIMER_VIRTUAL),
-                                 (0, 0))
+    def test_names_are_those_of_logins_and_for_web_of_any_script(self):
+        for kind, names, others in (
+                (FingerBackend, ("A.b-c_d", "a-", "a.", "x" * 64),
+                 ("h\u00e9", "\u0661", "\U0001f600", "a+")),
+                (WebBackend, ("A.b-c_d+e", "h\u00e9", "\u65e5\u672c", "\u0661",
+                              "a..b", "x" * 64), ())):
+            pattern = fingerd_backends.compile_pattern(
+                defaults(kind)["pattern"])
+            for name in ("a", "_", "9", *names):
+                self.assertTrue(fingerd_backends.fits(pattern, name), name)
+            for name in (*HOSTILE_NAMES, *others):
+                self.assertFalse(fingerd_backends.fits(pattern, name), name)
 
-    def test_tries_nothing_in_another_thread(self):
-        pattern, = in_threads([
-            lambda: fingerd_backends.compile_pattern("(a+)+")])
-        self.assertTrue(fingerd_backends.fits(pattern, "aaa"))
-        self.assertFalse(fingerd_backends.fits(pattern, "aab"))
 
-    def test_letters_of_any_script_are_names_of_web(self):
-        pattern = fingerd_backends.compile_pattern(
-            defaults(WebBackend)["pattern"])
-        for name in ("a", "_", "9", "A.b-c_d+e", "x" * 64, "h\u00e9",
-                     "\u65e5\u672c", "\u0661", "a..b"):
-            self.assertTrue(fingerd_backends.fits(pattern, name), name)
-        for name in HOSTILE_NAMES:
-            self.assertFalse(fingerd_backends.fits(pattern, name), name)
+class TextTest(unittest.TestCase):
+    def test_cuts_at_a_line_and_no_character_in_half(self):
+        for data, limit, text in (
+                (b"\xc3\xa9" * 3, 5, "\u00e9\u00e9\n[truncated]\n"),
+                (b"a\n\xc3\xa9\xc3\xa9", 5, "a\n[truncated]\n"),
+                (b"\xff\xff", 5, "\\xff\\\n[truncated]\n"),
+                (b"123456", 5, "12345\n[truncated]\n"),
+                (b"12345", 5, "12345"), (b"", 5, ""),
+                # Nor where a long text is decoded in pieces.
+                (b" " * 1023 + b"\xc3\xa9\n", 2000, " " * 1023 + "\u00e9\n")):
+            with self.subTest(data):
+                self.assertEqual(
+                    fingerd_backends.make_text(data, "utf-8", limit), text)
 
 
 # ---- finger ---------------------------------------------------------------
@@ -5308,13 +5272,6 @@ class FingerBackendTest(BackendCase):
                     "<a %s b>\n<--name=%s>\n<%s%s>\n<{0}>\n<%%s>\n"
                     % ((name,) * 4))
 
-    def test_runs_nothing_for_a_name_beyond_ascii(self):
-        backend = self.make_script("echo yes")
-        for name in ("\u0661", "h\u00e9", "\u65e5\u672c", "\U0001f600"):
-            self.assertIsNone(self.ask(backend, name), name)
-        for name in ("a", "_", "9", "A.b-c_d", "x" * 64, "a-", "a."):
-            self.assertEqual(self.ask(backend, name), "yes\n", name)
-
     def test_complains_of_bad_settings(self):
         none = ("begins neither with a program in /usr/local/bin:/usr/bin:/bin"
                 " nor with the path of one; install it, or correct its name")
@@ -5323,63 +5280,37 @@ class FingerBackendTest(BackendCase):
         self.assert_refused(FingerBackend, (
             *(({"command": command}, f'command: "{command}" {none}')
               for command in ("", "fingr -- {user}", "/nowhere/x {user}",
-                              plain, "bin/x", "./x")),
-            ({"command": "/bin/{user}"},
-             'command: "/bin/{user}" lets the client name the program; write'
-             " {user} behind it"),
+                              plain, "bin/x", "./x", "/bin/{user}")),
             ({"command": "sh 'x"},
              'command: "sh \'x" cannot be split into words; close every'
              " quote"),
-            ({"command": "sh", "pattern": "(a"},
-             'pattern: "(a" is not a regular expression (missing ),'
-             " unterminated subpattern at position 0); correct it"),
-            ({"command": "sh", "pattern": ""},
-             'pattern: "" is empty; write e.g. [a-z]+'),
             # One line for each error.
             ({"command": "fingr", "verbose_command": "fingr",
-              "list_command": "echo {user}", "pattern": "(a+)+"},
+              "list_command": "fingr", "pattern": ""},
              f'command: "fingr" {none}\nverbose_command: "fingr" {none}\n'
-             'list_command: "echo {user}" has {user}, but a list has no user;'
-             ' leave it out\npattern: "(a+)+" takes over 0.05 seconds for the'
-             f' name "{"a" * 63}!"; write no repeat inside another')))
+             f'list_command: "fingr" {none}\n'
+             'pattern: is empty; write e.g. [a-z]+')))
 
     def test_warns_of_what_only_a_shell_understands(self):
         said = ("is passed to the program as an argument, there is no shell;"
                 " write a script if you need one")
-        for command, words in (
-                ("echo {user} | tr a b", ["|"]), ("echo {user}>&2", [
-                    "{user}>&2"]), ("echo a; echo '$HOME'", ["a;", "$HOME"]),
-                ("echo `id` <x &", ["`id`", "<x", "&"]),
-                ("echo {user} --a=b 'c d' \\\\ * ? ~ #", [])):
-            with self.subTest(command):
-                backend = self.make(FingerBackend, command=command)
-                self.assertEqual(backend.warnings, [
-                    f'command: "{word}" {said}' for word in words])
-        backend = self.make(FingerBackend, command="true",
-                            verbose_command="echo |", list_command="echo &")
+        backend = self.make(
+            FingerBackend, command="echo {user}>&2 | `id` <x & '$HOME' --a=b"
+            " 'c d' \\\\ * ? ~ #", verbose_command="echo a;",
+            list_command="echo &")
         self.assertEqual(backend.warnings, [
-            f'verbose_command: "|" {said}', f'list_command: "&" {said}'])
+            *(f'command: "{word}" {said}' for word in (
+                "{user}>&2", "|", "`id`", "<x", "&", "$HOME")),
+            f'verbose_command: "a;" {said}', f'list_command: "&" {said}'])
 
     def test_gives_a_small_environment_and_nothing_of_its_own(self):
-        os.environ["FINGERD_SECRET"] = "x"
-        backend = self.make(FingerBackend, command="env", list_command="env")
-        for user, verbose, said in (
-                ("alice", "", self.ask(backend, "alice")),
-                ("alice", "1", self.ask(backend, "alice", True)),
-                ("", "1", self.list(backend, True))):
-            self.assertEqual(sorted(said.splitlines()), [
-                "FINGER_CLIENT=192.0.2.7", f"FINGER_USER={user}",
-                f"FINGER_VERBOSE={verbose}", "LC_ALL=C.UTF-8",
-                "PATH=/usr/local/bin:/usr/bin:/bin"])
-
-    def test_the_input_is_a_socket_at_its_end_and_the_session_its_own(self):
         # Debian's finger obeys .nofinger only when its input is a socket.
-        path = self.write_script("""\
+        script = self.write_script("""\
             import os, socket, stat, sys
             print(stat.S_ISSOCK(os.fstat(0).st_mode), repr(sys.stdin.read()),
                   socket.socket(fileno=0).getpeername() == "",
                   os.getsid(0) == os.getpid(), os.getpgid(0) == os.getpid(),
-                  os.getcwd())
+                  os.getcwd(), sorted(os.environ.items()))
             for number in range(3, 64):
                 try:
                     os.fstat(number)
@@ -5395,8 +5326,16 @@ class FingerBackendTest(BackendCase):
         os.set_inheritable(writer, True)
         with open(write_file(self.folder, "secret", "secret")) as secret:
             os.dup2(secret.fileno(), 0)
-        self.assertEqual(self.ask(self.make(FingerBackend, command=path), "a"),
-                         f"True '' True True True {os.getcwd()}\n")
+        os.environ["FINGERD_SECRET"] = "x"
+        backend = self.make(FingerBackend, command=script, list_command=script)
+        for user, verbose, said in (
+                ("alice", "", self.ask(backend, "alice")),
+                ("", "1", self.list(backend, True))):
+            words = [("FINGER_CLIENT", "192.0.2.7"), ("FINGER_USER", user),
+                     ("FINGER_VERBOSE", verbose), ("LC_ALL", "C.UTF-8"),
+                     ("PATH", "/usr/local/bin:/usr/bin:/bin")]
+            self.assertEqual(
+                said, f"True '' True True True {os.getcwd()} {words}\n")
 
     def test_status_and_output_decide_the_answer(self):
         unknown = "finger: alice: no such user."
@@ -5404,31 +5343,22 @@ class FingerBackendTest(BackendCase):
                 ("echo hi", "hi\n"), ("printf hi", "hi"), ("echo", "\n"),
                 # Silence is unknown whatever the status ...
                 ("true", None), ("exit 1", None),
-                ("echo oops >&2", None, "oops"),
                 ("echo oops >&2; exit 1", None, "oops"),
                 # ... and output is the answer.
                 ("echo hi; exit 3", "hi\n"),
-                ("echo hi; echo oops >&2", "hi\n", "oops"),
                 ("echo ' a' >&2; echo; echo b >&2; exit 2", "\n", "a; b"),
                 # The words of others for an unknown user.
-                (f"echo '{unknown}' >&2", None, unknown),
                 (f"echo '{unknown}' >&2; exit 1", None, unknown),
                 (f"echo '{unknown}'", None),
                 (f"echo hi; echo '{unknown}' >&2", "hi\n", unknown),
-                ("echo 'finger: bob: no such user'", None),
-                ("echo 'No such user'", None),
-                ("printf 'No such user'", None),
                 (r"printf '\r\nno such user.\r\n\r\n'", None),
                 ("echo '  NO SUCH USER. '; exit 3", None),
                 ("echo 'No such user' >&2", None, "No such user"),
                 ("echo 'No such user here'", "No such user here\n"),
-                ("echo 'hi, No such user'", "hi, No such user\n"),
                 ("echo hi; echo 'No such user'", "hi\nNo such user\n"),
-                (r"printf '\233\377h\303\251\303\n'",
-                 "\\x9b\\xffh\u00e9\\xc3\n"),
-                (r"printf 'a\r\nb\r\n'", "a\r\nb\r\n"),
+                (r"printf '\233\377h\303\251\303\r\n'",
+                 "\\x9b\\xffh\u00e9\\xc3\r\n"),
                 # A signal is a failure.
-                ("kill -9 $$", OSError("script: ended by signal 9$")),
                 ("echo half; kill -15 $$", OSError(
                     "script: ended by signal 15$")),
                 ("echo 'No such user'; kill -9 $$",
@@ -5458,57 +5388,45 @@ class FingerBackendTest(BackendCase):
         self.assert_fails(f"^{silent}: gave no list$", self.list, backend)
 
     def test_leaves_nothing_behind_and_waits_for_nobody(self):
-        late = TimeoutError("/script: timed out, killed$")
-        for script, seconds, answer in (
+        short, linger = 0.01, HANG      # what the end of pipes may take
+        for script, lingering, answer in (
                 # At the deadline all are killed, grandchildren too.
                 ("trap '' TERM INT HUP; (trap '' TERM; sleep 60) &\n"
-                 "(sleep 60 | sleep 60) & echo half; sleep 60", 0.15, late),
-                ("(for i in 1 2 3 4 5 6 7 8 9; do (for j in 1 2 3 4 5 6 7 8 9;"
-                 " do sleep 60 & done; wait) & done; wait) &\n"
-                 "while :; do sleep 60 & sleep 0.01; done", 0.3, late),
+                 "(sleep 60 | sleep 60) & echo half; echo waiting >&2\n"
+                 "while :; do sleep 60 & sleep 0.01; done", short,
+                 TimeoutError("/script: timed out, killed$")),
                 # A grandchild holds the pipe, or never stops talking.
-                ("sleep 60 & echo hi", HANG, "hi\n"),
+                ("sleep 60 & echo hi", short, "hi\n"),
                 ("(while :; do echo hi; sleep 0.01; done) & exec echo hi",
-                 HANG, "(hi\n)+"),
-                ("sleep 60 >/dev/null 2>&1 & exit 1", HANG, None),
+                 short, "(hi\n)+"),
+                ("sleep 60 >/dev/null 2>&1 & exit 1", linger, None),
                 # It closes its output and stays, or all but comes to an end.
-                ("echo hi; exec >&- 2>&-; sleep 60", HANG, "hi\n"),
-                ("exec >&- 2>&-; sleep 60", HANG, OSError(
-                    ": closed its output without a word and kept running$")),
-                ("exec >&- 2>&-; sleep 0.05; kill -9 $$", HANG,
+                ("echo hi; exec >&- 2>&-; sleep 60", short, "hi\n"),
+                ("exec >&- 2>&-; sleep 60", short, None),
+                ("exec >&- 2>&-; sleep 0.05; kill -9 $$", linger,
                  OSError("/script: ended by signal 9$")),
-                ("(sleep 0.05; echo late) & echo hi", HANG, "hi\nlate\n"),
+                ("(sleep 0.05; echo late) & echo hi", linger, "hi\nlate\n"),
                 # It says too much, with a grandchild.
-                ("sleep 60 & yes 0123456789", HANG,
+                ("sleep 60 & yes 0123456789", linger,
                  "(0123456789\n){9}\\[truncated\\]\n")):
             with self.subTest(script), contextlib.closing(
-                    Family(self.folder)) as family:
+                    Family(self.folder)) as family, mock.patch.object(
+                    fingerd_backends, "LINGER", lingering):
                 backend = self.make_script(
                     f"exec 9>{family.path}\necho x >&9\n{script}",
                     max_output=100)
+                late = isinstance(answer, TimeoutError)
                 job = functools.partial(self.ask, backend, "alice", False,
-                                        seconds)
-                with self.takes(0, min(seconds, 0.25) + PROMPT):
+                                        0.2 if late else HANG)
+                with self.takes(0.2 * late, PROMPT):
                     if isinstance(answer, str):
                         self.assertRegex(job(), f"\\A({answer})\\Z")
                     else:
                         self.assert_answer(answer, job)
                 self.assertEqual(family.gone(), b"x\n")
-
-    def test_cuts_no_character_in_half(self):
-        for script, limit, text in (
-                (r"printf '\303\251\303\251\303\251'", 5,
-                 "\u00e9\u00e9\n[truncated]\n"),
-                (r"printf 'a\n\303\251\303\251'", 5, "a\n[truncated]\n"),
-                (r"printf '\377\377'", 5, "\\xff\\\n[truncated]\n"),
-                ("printf 123456", 5, "12345\n[truncated]\n"),
-                ("printf 12345", 5, "12345"),
-                # Nor where a long text is decoded in pieces.
-                (r"printf '%5000s\303\251%5000s' '' ''", 20000,
-                 " " * 5000 + "\u00e9" + " " * 5000)):
-            with self.subTest(script):
-                backend = self.make_script(script, max_output=limit)
-                self.assertEqual(self.ask(backend, "alice"), text)
+        path = os.path.join(self.folder, "script")
+        self.assertEqual(self.reports,
+                         [f"{path}: on standard error: waiting"])
 
     def test_keeps_the_start_of_complaints_without_end(self):
         for fill, text in (("x", "ax" + "x" * 4094), (" ", "a")):
@@ -5522,10 +5440,6 @@ class FingerBackendTest(BackendCase):
             self.assertEqual(self.reports, [
                 f"{backend.commands['command'][0]}: on standard error: {text}"
                 ])
-        backend = self.make_script("echo waiting >&2; exec sleep 60")
-        self.assert_fails("killed$", self.ask, backend, "alice", False, 0.15,
-                          kind=TimeoutError)
-        self.assertRegex(self.reports[-1], "on standard error: waiting$")
 
     def test_a_program_that_cannot_be_run_is_a_failure_with_a_reason(self):
         path = self.write_script("echo hi", shell="")
@@ -5536,64 +5450,41 @@ class FingerBackendTest(BackendCase):
         self.assert_fails(f"No such file or directory: '{path}'$",
                           self.ask, backend, "alice")
 
-    def test_fork_and_exec_may_fail_in_any_way(self):
-        backend = self.make_script("echo hi")
-        target = "subprocess._fork_exec"
-        if not hasattr(subprocess, "_fork_exec"):
-            target = "_posixsubprocess.fork_exec"
-        for number in (errno.EAGAIN, errno.ENOMEM, errno.EPERM, errno.E2BIG,
-                       errno.EIO, errno.EISDIR, errno.ENFILE, errno.ETXTBSY):
-            text = os.strerror(number)
-            with mock.patch(target, side_effect=OSError(number, text)):
-                self.assert_fails(re.escape(text) + "$",
-                                  self.ask, backend, "alice")
-            self.assertEqual(self.ask(backend, "alice"), "hi\n")
-
+    @unittest.skipIf(sys.version_info < (3, 11), "subprocess leaks then")
     def test_being_out_of_descriptors_leaves_nothing_behind(self):
-        out = run_python(self, """\
-            import resource
-            backend = make("finger", command=sys.argv[1])
-            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            probe = os.open("/", 0)
-            os.close(probe)
-            for spare in range(12):
-                resource.setrlimit(resource.RLIMIT_NOFILE,
-                                   (probe + spare, hard))
-                text = ask(backend, "a") or "unknown"
+        backend = self.make_script("echo hi")
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with open(os.devnull) as probe:
+            lowest = probe.fileno()
+        before, failures = open_descriptors(), 0
+        for spare in range(10):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + spare, hard))
+            try:
+                self.ask(backend, "a")      # the script may have too few
+            except OSError:
+                failures += 1
+            finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-                now = os.open("/", 0)
-                os.close(now)
-                assert now == probe, (spare, now, probe)
-                try:
-                    print(text.strip(), os.waitpid(-1, os.WNOHANG))
-                except ChildProcessError:
-                    print(text.strip())
-            """, self.write_script("echo hi")).split()
-        self.assertEqual((out[0], out[-1]), ("OSError", "hi"))
+            self.assertEqual(open_descriptors(), before)
+        self.assertTrue(5 < failures < 10, failures)
+        self.assertEqual(self.ask(backend, "a"), "hi\n")
 
     def test_works_without_waitid_and_with_sigchld_ignored(self):
-        script = self.write_script("""\
-            case $1 in a) echo hi ;; b) exit 1 ;; c) sleep 60 ;; esac""")
-        for change in ("del os.waitid",
-                       "signal.signal(signal.SIGCHLD, signal.SIG_IGN)"):
-            with self.subTest(change):
-                self.assertEqual(run_python(self, change + """
-backend = make("finger", command=sys.argv[1] + " {user}")
-print(repr(ask(backend, "a")), ask(backend, "b"), ask(backend, "c", 0.2))
-""", script), "'hi\\n' None TimeoutError\n")
+        backend = self.make_script(
+            "case $1 in a) echo hi ;; b) exit 1 ;; c) sleep 60 ;; esac")
 
-    def test_no_program_outlives_the_daemon(self):
-        family = Family(self.folder)
-        self.addCleanup(family.close)
-        script = self.write_script(
-            f"exec 9>{family.path}\necho x >&9\nsleep 60 & sleep 60")
-        self.assertEqual(run_python(self, """\
-            threading.Thread(target=ask, daemon=True, args=(
-                make("finger", command=sys.argv[1]), "a", 60)).start()
-            with open(sys.argv[2], "rb", 0) as fifo:
-                print(fifo.read(2))
-            """, script, family.path), "b'x\\n'\n")
-        self.assertEqual(family.gone(), b"")
+        def check():
+            self.assertEqual(self.ask(backend, "a"), "hi\n")
+            self.assertIsNone(self.ask(backend, "b"))
+            self.assert_fails("timed out", self.ask, backend, "c", False, 0.05)
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        self.addCleanup(signal.signal, signal.SIGCHLD, handler)
+        check()
+        signal.signal(signal.SIGCHLD, handler)
+        if hasattr(os, "waitid"):
+            self.addCleanup(setattr, os, "waitid", os.waitid)
+            del os.waitid
+            check()
 
 
 # ---- web ------------------------------------------------------------------
@@ -5602,39 +5493,27 @@ HEAD = b"HTTP/1.1 200 OK\r\nConnection: close\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 HOSTILE_HTML = (
     "<", "<a", "<a ", "</", "</a", "<!", "<!--", "<!-- >", "<?", "<a b='",
-    '<a b="', "<a b=", "<a ====", "='\"", "<a =\"'", "<x a=''", "<![CDATA[",
-    "<script>", "<script></", "</script ", "<title>", "<title></title",
-    "<title>x</title>", "<pre>", "<pre>\n", "<li>", "<li> \n", "<li><p>",
-    "<td>", "<p>", "x<br>", "<b>", "&", "&#", "&#9", "&#x9", "&lt", "&amp",
-    "&a", " ", "\n", "\r\n", "\t", "\xa0", "x", "a ", "a\n", "<div>", "x<",
-    "]]>", "--", "-->", "\u65e5")
+    '<a b="', "<a ====", "='\"", "<a =\"'", "<x a=''", "<script>",
+    "<script></", "</script ", "<title>x</title>", "<pre>\n", "<li>",
+    "<li> \n", "<li><p>", "<td>", "<p>", "x<br>", "&#", "&lt", "&amp", "&a",
+    " ", "\n", "\t", "\xa0", "x", "a\n", "x<", "--", "-->", "\u65e5")
 
 
 class WebBackendTest(BackendCase):
 
-    def make_web(self, origin, *args, **options):
+    def make_web(self, origin, **options):
         if origin is not None:
             options.setdefault("url", origin.url + "/~{user}")
-        return self.make(WebBackend, *args, **options)
-
-    def make_table(self, pages, **options):
-        """One backend for many pages; the user of each is its number."""
-        origin = self.start_origin({
-            f"/~{number}": page for number, page in enumerate(pages)})
-        return origin, self.make_web(origin, **options)
+        return self.make(WebBackend, **options)
 
     def check_answers(self, table, **options):
         """Check a table of (page, answer or failure)."""
-        _, backend = self.make_table([page for page, _ in table], **options)
+        origin = self.start_origin({
+            f"/~{number}": page for number, (page, _) in enumerate(table)})
+        backend = self.make_web(origin, **options)
         for number, (page, answer) in enumerate(table):
             with self.subTest(str(page)[:200]):
                 self.assert_answer(answer, self.ask, backend, str(number))
-
-    def check_headers(self, header, table):
-        """Check a table of (the value of a header, body, answer)."""
-        self.check_answers([
-            ((200, {"Content-Type": "text/plain", header: value}, body),
-             answer) for value, body, answer in table])
 
     def trust_test_cert(self):
         """Write the certificate; have TLS clients of this process trust it."""
@@ -5665,11 +5544,10 @@ class WebBackendTest(BackendCase):
         origin = self.start_origin()
         for url, table in {
                 "/~{user}": {
-                    "alice": "/~alice", "a.b-c_d~e": "/~a.b-c_d~e",
-                    "a/b": "/~a%2Fb", "a?b#c": "/~a%3Fb%23c",
-                    "a%2fb": "/~a%252fb", "a;b&c=d": "/~a%3Bb%26c%3Dd",
-                    "h\u00e9": "/~h%C3%A9", "{user}": "/~%7Buser%7D",
-                    "a:80": "/~a%3A80"},
+                    "a.b-c_d~e": "/~a.b-c_d~e", "a/b": "/~a%2Fb",
+                    "a?b#c": "/~a%3Fb%23c", "a%2fb": "/~a%252fb",
+                    "a;b&c=d": "/~a%3Bb%26c%3Dd", "h\u00e9": "/~h%C3%A9",
+                    "{user}": "/~%7Buser%7D", "a:80": "/~a%3A80"},
                 "/{user}": {"...": "/...", **dict.fromkeys((
                     ".", "..", "../x", "x/..", "x/../y", "..\\x", "%2e",
                     "%2E%2e", "a%2f..", "..;x"))},
@@ -5681,8 +5559,8 @@ class WebBackendTest(BackendCase):
                     self.assertIsNone(self.ask(backend, name))
                     self.assertEqual(origin.asked, [path] * bool(path))
                     origin.asked.clear()
-        self.assertEqual(origin.headers[0]["User-Agent"], "fingerd/1.0")
-        self.assertEqual(origin.headers[0]["Accept-Encoding"], "identity")
+        self.assertEqual(origin.headers["User-Agent"], "fingerd/1.0")
+        self.assertEqual(origin.headers["Accept-Encoding"], "identity")
         self.ask(self.make_web(None, prefix=origin.url + "/users/"), "alice")
         self.assertEqual(origin.asked, ["/users/alice"])
 
@@ -5690,35 +5568,25 @@ class WebBackendTest(BackendCase):
         good, host = "https://example.org/~{user}", "https://example.org/"
         either = f"url: write either url or prefix, e.g. url = {good}"
         no_url = "is not a web address; write https://host/path"
-        no_place = "has no place for the name; write {user} in its path"
-        left = "has a {user} that has no place here; leave it out"
         self.assert_refused(WebBackend, (
             ({}, either),
             ({"url": good, "prefix": host}, either),
             *(({"url": url}, f'url: "{url}" {no_url}') for url in (
-                "ftp://example.org/{user}", "file:///etc/{user}",
-                "http:///{user}", "example.org/{user}", "HTTP://a/{user}",
+                "ftp://example.org/{user}", "http:///{user}",
+                "example.org/{user}", "HTTP://a/{user}", host + "#{user}",
                 "https://{user}.example.org/", "https://example.org/a b{user}",
                 "https://example.org/\u00e9{user}", "https://a:x/{user}",
-                "https://a:0/{user}", "https://a:65536/{user}",
                 "https://[::1/{user}", "https://a\\b/{user}")),
             ({"prefix": "https://example.org"},
              f'prefix: "https://example.org" {no_url}'),
             ({"url": "https://me:secret@example.org/@{user}"},
              f'url: "https://...@{{user}}" {no_url}'),
-            ({"url": host}, f'url: "{host}" {no_place}'),
-            ({"url": host + "#{user}"}, f'url: "{host}#{{user}}" {no_place}'),
-            ({"prefix": host + "#"}, f'prefix: "{host}#" {no_place}'),
-            ({"prefix": good}, f'prefix: "{good}" {left}'),
-            ({"url": good, "index": good}, f'index: "{good}" {left}'),
-            ({"url": host + "a/%2e./{user}"},
-             f'url: "{host}a/%2e./{{user}}" has a "." or ".." segment; write'
-             " the path without"),
-            ({"url": "x", "index": "/list", "pattern": "("},
-             f'url: "x" {no_url}\nindex: "/list" {no_url}\npattern: "(" is not'
-             " a regular expression (missing ), unterminated subpattern at"
-             " position 0); correct it")))
-        for url in ("https://[::1]:8080/{user}?a=b#c", "http://a/{user}{user}",
+            ({"url": host}, f'url: "{host}" has no place for the name; write'
+             " {user} in its path"),
+            ({"url": "x", "index": "/list", "pattern": ""},
+             f'url: "x" {no_url}\nindex: "/list" {no_url}\n'
+             "pattern: is empty; write e.g. [a-z]+")))
+        for url in ("https://[::1]:8080/{user}?a=b", "http://a/{user}{user}",
                     "http://a-b.c:1?{user}"):
             self.make_web(None, url=url)
 
@@ -5729,10 +5597,8 @@ class WebBackendTest(BackendCase):
             ((status, {}, b""), reason and OSError(f"/~[0-9]+: {reason}$"))
             for status, reason in (
                 (404, None), (410, None), (204, "204 No Content"),
-                (206, "206 Partial Content"), (401, "401 Unauthorized"),
-                (403, "403 Forbidden"), (429, "429 Too Many Requests"),
-                (500, "500 Internal Server Error"),
-                (503, "503 Service Unavailable"))])
+                (206, "206 Partial Content"), (403, "403 Forbidden"),
+                (500, "500 Internal Server Error"))])
         origin = self.start_origin()
         backend = self.make_web(origin, index=origin.url + "/list")
         self.assert_fails(f"^GET {origin.url}/list: there is no such page$",
@@ -5741,12 +5607,8 @@ class WebBackendTest(BackendCase):
     def test_makes_text_of_html(self):
         for page, text in (
                 ("<p>Hello,   <b>big</b>\n world", "Hello, big world\n"),
-                ("<title>Alice &amp; Co</title><h1>Plan</h1>to rest",
-                 "Alice & Co\n\nPlan\n\nto rest\n"),
-                ("<head><title> Plan </title></head><h1>plan</h1>x",
-                 "plan\n\nx\n"),
-                ("<title></title>x", "x\n"),
-                ("<title>a</title><title>b</title>x", "a\n\nx\n"),
+                ("<title>Alice &amp; <b>Co</title><h1>Plan</h1>to rest",
+                 "Plan\n\nto rest\n"),
                 ("a<br>b<br/>c<BR >d", "a\nb\nc\nd\n"),
                 ("<ul><li>a<li>b</ul>c", "* a\n* b\n\nc\n"),
                 ("<ol><li> <p>a</p></li><li></li><li>b</li></ol>",
@@ -5756,7 +5618,6 @@ class WebBackendTest(BackendCase):
                 ("<pre>\n a\n\n   b\tc </pre>d", " a\n\n   b\tc\n\nd\n"),
                 ("<pre>a<b>  b</b>\r c\r\n \n\nd</pre>e  f",
                  "a  b\n c\n\nd\n\ne f\n"),
-                ("<pre><pre>a</pre> b</pre> c  d", "a\n\n b\n\nc d\n"),
                 ("<table><tr><th>a</th><td>b</td></tr><tr><td>c <td> d</table>"
                  "e", "a\tb\nc\td\n\ne\n"),
                 ("<script>if (a<b) '</p>'</script>a<STYLE>p{}</Style>b",
@@ -5764,7 +5625,7 @@ class WebBackendTest(BackendCase):
                 ("<script>" + "</b> <p>" * 999 + "</scripts></SCRIPT >a",
                  "a\n"),
                 ("a<script>never closed <p>b", "a\n"),
-                ("a<!-- <p>x</p> -- > -->b<!-->c<!--->d<!-- never closed <p>",
+                ("a<!-- <p>x</p> -- > -->b<!-->c<!--->d<!-- never > closed",
                  "abcd\n"),
                 ("<!DOCTYPE html><?xml version='1.0'?>a</>b</ x>c", "abc\n"),
                 ("<a href='/x?a>b' title=\"c>d\">link</a>", "link\n"),
@@ -5772,49 +5633,46 @@ class WebBackendTest(BackendCase):
                 ("<a href=it's>link</a> it's", "link it's\n"),
                 ("1 < 2 <= 3 <3 & 4 &lt;b&gt; <<b>",
                  "1 < 2 <= 3 <3 & 4 <b> <\n"),
-                ("&eacute;&#233;&#xe9;&nbsp;&nbsp;x&bogus;&amp",
+                ("&eacute;&#233;&#xe9;&nbsp;&nbsp;x&bogus;&#1;&amp",
                  "\u00e9\u00e9\u00e9  x&bogus;&\n"),
                 ("&#" + "9" * 300 + ";x&#x" + "9" * 300 + ";",
                  "\ufffdx\ufffd\n"),
                 # No reference is cut where a long text is.
                 ("x" + "&eacute;" * 5000, "x" + "\u00e9" * 5000 + "\n"),
                 ("x " * 9999, ("x " * 9999).strip() + "\n"),
-                ("a<!-- never > closed", "a\n"),
                 ("</ul></li></pre></p>a</div>", "a\n"),
                 ("a<div><div><p></div>\n\n\n<p><p>b", "a\n\nb\n"),
-                ("a<p", "a\n"), ("a<p title='x", "a\n"), ("<", "<\n"),
-                ("  \n ", ""), ("", "")):
+                ("a<p", "a\n"), ("a<p title='x", "a\n"),
+                ("a<p title='", "a\n"), ("<", "<\n"), ("  \n ", ""), ("", "")):
             with self.subTest(page[:99]):
                 self.assertEqual(fingerd_backends.html_text(page), text)
 
     def test_hostile_html_takes_no_longer_than_other_html(self):
+        for piece, start in itertools.product(HOSTILE_HTML, ("", "<pre>")):
+            page = (start + piece * 2 ** 14)[:2 ** 14]
+            begin = time.process_time()
+            fingerd_backends.html_text(page)
+            self.assertLess(time.process_time() - begin, 0.2, page[:99])
+
+    def test_hostile_html_takes_no_memory(self):
+        self.addCleanup(tracemalloc.stop)
         for piece in HOSTILE_HTML:
-            for start in ("", "<pre>"):
-                page = (start + piece * 2 ** 14)[:2 ** 14]
-                begin = time.process_time()
-                fingerd_backends.html_text(page)
-                self.assertLess(time.process_time() - begin, 0.2, page[:99])
+            page = (piece * 2 ** 13)[:2 ** 13]
+            tracemalloc.start()
+            fingerd_backends.html_text(page)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            self.assertLess(peak, 100 * 2 ** 13, piece)
 
-    def test_hostile_html_stops_no_other_thread_and_takes_no_memory(self):
-        for size, pieces in (
-                (2 ** 12, ("<li>", "x<p>", "<pre>\n", "&#", "&a", "<a b='>'")),
-                (2 ** 17, ("<a b='",)),
-                (2 ** 20, ("<", "<!--", "<script>", "<a ====", "x", " ", "--",
-                           "\u65e5"))):
-            for piece in pieces:
-                page = (piece * size)[:size]
-                self.assert_piece(0.01, fingerd_backends.html_text, page)
-                tracemalloc.start()
-                fingerd_backends.html_text(page)
-                peak = tracemalloc.get_traced_memory()[1]
-                tracemalloc.stop()
-                self.assertLess(peak, 2 ** 22 + 10 * size, piece)
-
-    def test_bad_bytes_stop_no_other_thread(self):
-        for codec in ("utf_8_sig", "cp1252", "euc_jp", "gb18030"):
-            data = bytearray(b"\xff\x81" * 2 ** 17)
-            self.assert_piece(0.01, fingerd_backends.make_text, data, codec,
-                              2 ** 18)      # it is 0.25 s in all
+    def test_what_is_hostile_stops_no_other_thread(self):
+        size = 2 ** 18
+        for piece in ("<", "<!--", "<script>", "<a ====", "<a b='", "x", " ",
+                      "--", "\u65e5"):
+            self.assert_piece(0.002, fingerd_backends.html_text,
+                              (piece * size)[:size])
+        for codec in ("utf_8_sig", "gb18030"):      # 0.06 s in all
+            self.assert_piece(0.01, fingerd_backends.make_text,
+                              bytearray(b"\xff\x81" * 2 ** 15), codec, 2 ** 16)
 
     def assert_piece(self, limit, function, *args):
         """Check for how long a call lets no other thread run in one go.
@@ -5827,91 +5685,112 @@ class WebBackendTest(BackendCase):
             times[:] = now, max(times[1], now - times[0])
 
         for _ in range(5):
+            gc.collect()
+            gc.disable()
             times = [time.thread_time(), 0.0]
             sys.setprofile(look)
             try:
                 function(*args)
             finally:
                 sys.setprofile(None)
+                gc.enable()
             if times[1] < limit:
                 return
         self.assertLess(times[1], limit, repr(args)[:99])
 
     def test_turns_one_page_at_a_time_into_text(self):
-        origin = self.start_origin({"/~x": text_page("hi\n")})
-        backend = self.make_web(origin)
-        lock = fingerd_backends.BoundedFile.turn
-        with lock, self.takes(0.15, 0.15 + PROMPT):
-            self.assert_fails("other pages took the time: timed out$",
-                              self.ask, backend, "x", False, 0.15,
-                              kind=TimeoutError)
-        self.assertEqual(self.ask(backend, "x"), "hi\n")
-        self.assertFalse(lock.locked())
+        backend = self.make_web(self.start_origin({
+            "/~x": text_page("hi\n"), "/~y": drip(HEAD + b"\r\n")}))
+        with WebBackend.turn, concurrent.futures.ThreadPoolExecutor() as pool:
+            future = pool.submit(self.ask, backend, "x")
+            with self.assertRaises(concurrent.futures.TimeoutError):
+                future.result(0.1)
+            WebBackend.turn.release()
+            self.assertEqual(future.result(HANG), "hi\n")
+            # A page that is late is not in the way of others.
+            late = pool.submit(self.ask, backend, "y", False, 0.3)
+            self.assertEqual(self.ask(self.make_web(None, url=(
+                backend.template)), "x"), "hi\n")
+            self.assertIsInstance(late.exception(HANG), TimeoutError)
+            WebBackend.turn.acquire()
+            with mock.patch.object(fingerd_backends, "make_text") as make_text:
+                late = pool.submit(self.ask, backend, "z", False, 0.05)
+                self.assertIsNone(late.result(HANG))
+            make_text.assert_not_called()
 
     def test_honours_the_charset(self):
         plain, html = "text/plain; charset=", "text/html; charset="
         meta = b"<meta charset=%s>"
         long_meta = (b"<meta http-equiv='Content-Type' content="
                      b"'text/html; charset=koi8-r'>")
-        self.check_headers("Content-Type", (
-            (plain + "utf-8", b"h\xc3\xa9\n", "h\u00e9\n"),
-            ("text/plain", b"h\xc3\xa9\n", "h\u00e9\n"),
-            ("text/plain", b"\xef\xbb\xbfh\xe9\n", "h\\xe9\n"),
-            (plain + "ISO-8859-1", b"h\xe9 \x93x\x94\n",
-             "h\u00e9 \u201cx\u201d\n"),
-            (plain + "us-ascii", b"h\xe9\n", "h\u00e9\n"),
-            (plain + "ISO-8859-15", b"\xa4\n", "\u20ac\n"),
-            (plain + "Windows-1251", b"\xcf\n", "\u041f\n"),
-            (plain + "KOI8-R", b"\xf0\n", "\u041f\n"),
-            (plain + "Shift_JIS", b"\x93\xfa\n", "\u65e5\n"),
-            (plain + "gb2312", b"\xc8\xd5\n", "\u65e5\n"),
-            (plain + "UTF-16", "\ufeffx\n".encode("utf-16-le"), "x\n"),
-            (plain + "utf-16le", b"\0\xd8x\0\n\0", "\\x00\\xd8x\n"),
-            (html + "koi8-r", meta % b"cp1251" + b"\xf0", "\u041f\n"),
-            ("text/html", meta % b"'windows-1251'" + b"\xcf", "\u041f\n"),
-            ("text/html", long_meta + b"\xf0", "\u041f\n"),
-            ("text/html", meta % b"UTF-16" + b"x", "x\n"),
-            ("text/html", b" " * 1024 + meta % b"koi8-r" + b"\xf0",
-             "\\xf0\n"),
-            ("text/plain", meta % b"koi8-r" + b"\xf0",
-             "<meta charset=koi8-r>\\xf0"),
-            # What is not a charset of text is read as UTF-8.
-            *((f'{plain}"{name}"', b"h\xc3\xa9\\x\xff", "h\u00e9\\x\\xff")
-              for name in (
-                "hex", "zlib", "bz2", "rot13", "idna", "punycode",
-                "unicode_escape", "raw_unicode_escape", "utf-7", "undefined",
-                "mbcs", "nonsense", "x" * 300, "../os", "a\\b", "'", "%s"))))
+        kept: Any = vars(encodings)["_cache"]   # every name ever looked up
+        before = len(kept)
+        for kind, page, text in (
+                (plain + "utf-8", b"h\xc3\xa9\n", "h\u00e9\n"),
+                ("text/plain", b"h\xc3\xa9\n", "h\u00e9\n"),
+                ("text/plain", b"\xef\xbb\xbfh\xe9\n", "h\\xe9\n"),
+                (plain + "ISO-8859-1", b"h\xe9 \x93x\x94\n",
+                 "h\u00e9 \u201cx\u201d\n"),
+                (plain + "us-ascii", b"h\xe9\n", "h\u00e9\n"),
+                (plain + "ISO-8859-15", b"\xa4\n", "\u20ac\n"),
+                (plain + "Windows-1251", b"\xcf\n", "\u041f\n"),
+                (plain + "KOI8-R", b"\xf0\n", "\u041f\n"),
+                (plain + "Shift_JIS", b"\x93\xfa\n", "\u65e5\n"),
+                (plain + "gb2312", b"\xc8\xd5\n", "\u65e5\n"),
+                (html + "koi8-r", meta % b"cp1251" + b"\xf0", "\u041f\n"),
+                ("text/html", meta % b"'windows-1251'" + b"\xcf", "\u041f\n"),
+                ("text/html", long_meta + b"\xf0", "\u041f\n"),
+                ("text/html", meta % b"UTF-16" + b"x", "x\n"),
+                ("text/html", b" " * 1024 + meta % b"koi8-r" + b"\xf0",
+                 "\\xf0\n"),
+                ("text/plain", meta % b"koi8-r" + b"\xf0",
+                 "<meta charset=koi8-r>\\xf0"),
+                # What is not a charset of text is read as UTF-8.
+                *((f'{plain}"{name}"', b"h\xc3\xa9\\x\xff", "h\u00e9\\x\\xff")
+                  for name in (
+                    "hex", "idna", "punycode", "unicode_escape", "utf-7",
+                    "undefined", "nonsense", "x" * 300, "../os", "'", "%s",
+                    ";" * 60000))):
+            with self.subTest(kind[:99], page=page):
+                begin = time.process_time()
+                is_html = kind.startswith(html[:9])
+                codec = fingerd_backends.choose_codec(kind, page, is_html)
+                self.assertEqual(fingerd_backends.make_text(
+                    page, codec, 2000,
+                    fingerd_backends.html_text if is_html else str), text)
+                self.assertLess(time.process_time() - begin, 0.5)
+        self.assertEqual(len(kept), before)
 
     def test_every_charset_is_one_of_text(self):
-        self.assertEqual(len(fingerd_backends.CODECS), 40)
-        for name in sorted(fingerd_backends.CODECS):
+        self.assertEqual(len(fingerd_backends.CODECS), 38)
+        for name in fingerd_backends.CODECS.values():
             with self.subTest(name):
                 self.assertEqual(type("x\n".encode(name).decode(name)), str)
                 self.assertIsNotNone(codecs.getincrementaldecoder(name))
 
-    def test_passes_on_text_only(self):
-        self.check_headers("Content-Type", [
-            *((kind, b"<b>", "<b>") for kind in (
-                "text/plain", "text/markdown", "text/x-anything; a=b",
-                "application/json", "application/ld+json",
-                "application/xml")),
-            *((kind, b"<b>", "") for kind in (
-                "text/html", "application/xhtml+xml", "TEXT/HTML")),
-            *((kind, b"<b>", OSError(f': its type "{kind}" is not text$'))
-              for kind in (
-                "image/png", "application/octet-stream", "application/pdf",
-                "application/zip", "application/jsonx", "video/mp4"))])
-
-    def test_what_is_packed_is_refused_with_a_reason(self):
+    def test_headers_decide_what_is_text(self):
         bomb = gzip.compress(bytes(10 ** 7))
-        self.check_headers("Content-Encoding", [
-            *((coding, bomb, OSError(
-                f'its encoding "{re.escape(coding.lower())}" was not asked'
-                " for$")) for coding in (
-                    "gzip", "GZIP", "x-gzip", "deflate", "br", "gzip, gzip",
-                    "identity, gzip")),
-            *((coding, b"hi\n", "hi\n")
-              for coding in ("identity", "Identity", ""))])
+        self.check_answers([
+            ((200, {"Content-Type": "text/plain", name: value}, body), answer)
+            for name, value, body, answer in (
+                ("Content-Type", "text/plain; charset=koi8-r", b"\xf0",
+                 "\u041f"),
+                ("Content-Type", "text/html", b"<meta charset=koi8-r>\xf0",
+                 "\u041f\n"),
+                *(("Content-Type", kind, b"<b>", "<b>") for kind in (
+                    "text/plain", "text/markdown", "text/x-anything; a=b",
+                    "application/json", "application/ld+json",
+                    "application/xml")),
+                *(("Content-Type", kind, b"<b>", "") for kind in (
+                    "text/html", "application/xhtml+xml", "TEXT/HTML")),
+                *(("Content-Type", kind, b"<b>", OSError(
+                    f': its type "{kind}" is not text$')) for kind in (
+                        "image/png", "application/octet-stream",
+                        "application/jsonx")),
+                *(("Content-Encoding", coding, bomb, OSError(
+                    f'its encoding "{coding.lower()}" was not asked for$'))
+                  for coding in ("GZIP", "br", "identity, gzip")),
+                ("Content-Encoding", "Identity", b"hi\n", "hi\n"))])
 
     def test_a_reply_that_ends_early_or_is_not_http_is_a_failure(self):
         early = OSError("/~[0-9]+: the answer ended early$")
@@ -5928,7 +5807,6 @@ class WebBackendTest(BackendCase):
             (CHUNKED + b"3\r\nhi\n\r\n", early),
             (CHUNKED + b"9\r\nhi\n", early),
             (CHUNKED + b"what\r\n", early),
-            (CHUNKED + b"-1\r\nhi\n", early),
             (b"", OSError(": Remote end closed connection")),
             (b"SSH-2.0-OpenSSH_9.2\r\n", OSError(": BadStatusLine: ")),
             (b"HTTP/1.0 9999 OK\r\n\r\n", OSError(": BadStatusLine: ")),
@@ -5938,108 +5816,91 @@ class WebBackendTest(BackendCase):
 
     # -- what an answer may cost
 
+    @mock.patch.object(fingerd_backends.BoundedFile, "left", 2 ** 15)
     def test_an_answer_without_end_is_cut_and_costs_no_more(self):
         line = b"0123456789\n" * 1000
         many = OSError(": headers, chunk sizes or trailers are too long$")
         cut = "0123456789\n" * 9 + "[truncated]\n"
-        endless = {
-            "body": (HEAD + b"\r\n", line, cut),
-            "length": (HEAD + b"Content-Length: %d\r\n\r\n" % 10 ** 12, line,
-                       cut),
-            "digits": (HEAD + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n",
-                       line, cut),
-            "chunks": (CHUNKED, b"2af8\r\n" + line + b"\r\n", cut),
-            **{f"a chunk of {size!r}": (CHUNKED + size + b"\r\n", line, cut)
-               for size in (b"-1", b" -1", b"-0x1", b"-1_0", b"f" * 999,
-                            b"0xfff_fff", b"+fffff")},
-            "small chunks": (CHUNKED, b"1;%s\r\nx\r\n" % (b"y" * 1999), many),
-            "a huge negative chunk": (CHUNKED + b"-" + b"f" * 999 + b"\r\n",
-                                      line, OSError("OverflowError")),
-            "a size": (CHUNKED, b"0" * 999, OSError("LineTooLong")),
-            "an extension": (CHUNKED + b"1;", b"x" * 999, OSError("Too")),
-            "trailers": (CHUNKED + b"0\r\n", b"A: b\r\n" * 999, many),
-            "a trailer": (CHUNKED + b"0\r\n", line[:10], OSError("Too")),
-            "a status": (b"HTTP/1.1 200 ", line[:10], OSError("LineTooLong")),
-            "a header": (HEAD, line[:10], OSError("LineTooLong")),
-            "headers": (HEAD, b"A: %s\r\n" % (b"b" * 9999), many),
-            "short headers": (HEAD, b"A: b\r\n", OSError("HTTPException")),
-            "continue": (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 999, many),
-            "long continue": (b"", b"HTTP/1.1 100 Continue\r\n" + b"A: b\r\n"
-                              * 99 + b"\r\n", many)}
-        _, backend = self.make_table(
-            [raw(head, then=then) for head, then, _ in endless.values()],
-            max_output=100)
+        table = [(raw(head, then=then), answer) for head, then, answer in (
+            (HEAD + b"\r\n", line, cut),
+            (HEAD + b"Content-Length: %d\r\n\r\n" % 10 ** 12, line, cut),
+            (HEAD + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", line,
+             cut),
+            (CHUNKED, b"2af8\r\n" + line + b"\r\n", cut),
+            # Chunks of strange sizes, small ones, and what is around them.
+            *((CHUNKED + size + b"\r\n", line, cut)
+              for size in (b"f" * 999, b"0xfff_fff", b"+fffff")),
+            (CHUNKED, b"1;%s\r\nx\r\n" % (b"y" * 1999), many),
+            (CHUNKED, b"0" * 999, many),
+            (CHUNKED + b"1;", b"x" * 999, many),
+            (CHUNKED + b"0\r\n", b"A: b\r\n" * 999, many),
+            (CHUNKED + b"0\r\n", line[:10], many),
+            (b"HTTP/1.1 200 ", line[:10], many),
+            (HEAD, line[:10], many),
+            (HEAD, b"A: %s\r\n" % (b"b" * 9999), many),
+            (HEAD, b"A: b\r\n", OSError("HTTPException")),
+            (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 999, many))]
+        self.assertLess(fingerd_backends.AROUND, 2 ** 18)
         tracemalloc.start()
         self.addCleanup(tracemalloc.stop)
-        for number, (name, (_, _, answer)) in enumerate(endless.items()):
-            with self.subTest(name), self.takes(0, PROMPT):
-                tracemalloc.clear_traces()
-                self.assert_answer(answer, self.ask, backend, str(number))
-                peak = tracemalloc.get_traced_memory()[1]
-                self.assertLess(peak, 2 ** 20)
+        self.check_answers(table, max_output=100)
+        # Python 3.8 and 3.9 take these for sizes.
+        for size in (b"-1", b" -1", b"-0x1", b"-1_0", b"-" + b"f" * 999):
+            backend = self.make_web(self.start_origin({
+                "/~x": raw(CHUNKED + size + b"\r\n", then=line)}),
+                max_output=100)
+            with self.subTest(size), contextlib.suppress(OSError):
+                self.assertEqual(self.ask(backend, "x"), cut)
+        self.assertLess(tracemalloc.get_traced_memory()[1], 2 ** 20)
 
     def test_cuts_a_page_at_a_line(self):
         line, end = "0123456789\n", "[truncated]\n"
+        html = {"Content-Type": "text/html"}
         self.check_answers([
             (text_page(line * 1000), line * 9 + end),
             (text_page("x" * 101), "x" * 100 + "\n" + end),
             (text_page("x" * 100), "x" * 100),
-            (html_page("<p>" + "0123456789<br>" * 1000), line * 7 + end),
-            (html_page("<em>" * 40), "\n" + end)], max_output=100)
-
-    def test_a_hostile_content_type_takes_no_time_and_leaves_nothing(self):
-        kinds = ('text/plain; a="' + ";" * 60000,
-                 "text/plain; charset*=" + "x" * 60000 + "''y")
-        _, backend = self.make_table([
-            (200, {"Content-Type": kind}, b"hi") for kind in kinds])
-        kept: Any = vars(encodings)["_cache"]   # every name ever looked up
-        for number in range(len(kinds)):
-            before, begin = len(kept), time.process_time()
-            self.assertEqual(self.ask(backend, str(number)), "hi")
-            self.assertLess(time.process_time() - begin, 0.5)
-            self.assertEqual(len(kept), before)
+            ((200, html, b"<p>" + b"0123456789<br>" * 99), line * 7 + end),
+            ((200, html, b"<em>" * 40), "\n" + end)], max_output=100)
 
     def test_no_stage_of_an_exchange_outlasts_the_deadline(self):
         def silent_later(handler):
             if handler.server.asked:
-                wait_for_end(handler)
+                silent(handler)
 
         tls = self.trust_test_cert()
-        slow = raw(b"", pause=0.5)      # ... leaves less for what follows
-        late = raw(b"", b"HTTP/1.1 200 Go on\r\n\r\n", pause=0.5)
+        silent = raw(b"", pause=HANG)
+        slow = raw(b"", pause=0.3)      # ... leaves less for what follows
+        late = raw(b"", b"HTTP/1.1 200 Go on\r\n\r\n", pause=0.3)
         found = b"HTTP/1.1 302 x\r\nLocation: /~x\r\n"
         _, port = self.enter(full_listener()).getsockname()
         stages: dict[str, Any] = {
             "connect": {"url": f"http://127.0.0.1:{port}"},
-            "silence": {"page": wait_for_end},
+            "silence": {"page": silent},
             "status": {"page": drip(b"HTTP")},
-            "header": {"page": drip(HEAD + b"A: ")},
             "headers": {"page": drip(HEAD, b"A: b\r\n")},
             "continue": {"page": drip(b"", b"HTTP/1.1 100 Go on\r\n\r\n")},
             "body": {"page": drip(HEAD + b"\r\n")},
             "length": {"page": drip(HEAD + b"Content-Length: 9999\r\n\r\n")},
-            "chunk": {"page": drip(CHUNKED + b"ff\r\n")},
             "chunks": {"page": drip(CHUNKED, b"1\r\nx\r\n")},
-            "extension": {"page": drip(CHUNKED + b"1;")},
             "trailer": {"page": drip(CHUNKED + b"0\r\n", b"A: b\r\n")},
             "redirect": {"page": drip(found)},
-            "redirects": {"page": raw(found, b"\r\n", pause=0.2)},
+            "redirects": {"page": raw(found, b"\r\n", pause=0.1)},
             "TLS": {"tls": tls, "greet": drip(b"\x16\x03\x03\x40\0", b"\2")},
             "over TLS": {"tls": tls, "page": drip(HEAD + b"\r\n")},
             "TLS after a redirect": {
                 "tls": tls, "greet": silent_later,
                 "page": (302, {"Location": "/~y"}, b"")},
-            "slow TLS": {"tls": tls, "greet": slow, "page": wait_for_end},
+            "slow TLS": {"tls": tls, "greet": slow, "page": silent},
             "proxy": {"tunnel": drip(b"HTTP/1.0 200 OK\r\n", b"A: b\r\n")},
             "slow proxy": {"tunnel": late},
             "behind a proxy": {"tunnel": tls, "page": drip(HEAD)}}
         jobs = [self.make_stage(**stage) for stage in stages.values()]
         for name, (error, seconds) in zip(stages, in_threads(jobs)):
             with self.subTest(name):
-                self.assertRegex(
-                    repr(error), "^TimeoutError.'GET https?://[^ ]+/~x:"
-                    " (?!other pages).*timed out'")
-                self.assertTrue(0.6 <= seconds < 0.6 + PROMPT, seconds)
+                self.assertRegex(repr(error), "^TimeoutError.'GET https?://"
+                                 "[^ ]+/~x: .*timed out'")
+                self.assertTrue(0.4 <= seconds < 0.4 + PROMPT, seconds)
 
     def make_stage(self, page=None, url="", **options):
         """Give a function that asks and gives what came of it, and when."""
@@ -6053,7 +5914,7 @@ class WebBackendTest(BackendCase):
         def ask():
             start = time.monotonic()
             try:
-                return self.ask(backend, "x", False, 0.6), 0
+                return self.ask(backend, "x", False, 0.4), 0
             except OSError as error:
                 return error, time.monotonic() - start
         return ask
@@ -6061,23 +5922,21 @@ class WebBackendTest(BackendCase):
     # -- where it goes
 
     def test_a_dead_address_does_not_starve_the_next(self):
-        # No real name has such addresses everywhere: the name service alone
-        # is stood in for, here and below.
-        origin = self.start_origin({"/~x": text_page("hi\n")})
-        self.enter(full_listener("127.0.0.2", origin.port))
+        def connect(address, timeout, real=socket.create_connection):
+            shares.append(round(timeout))
+            if address[0] == "127.0.0.1":
+                return real(address, timeout)
+            raise TimeoutError("timed out")
+
+        shares: list[int] = []
+        self.enter(mock.patch("socket.create_connection", connect))
         self.answer_names_by("127.0.0.3", "127.0.0.2", "127.0.0.1")
-        backend = self.make_web(
-            None, url=f"http://test.invalid:{origin.port}/~{{user}}")
-        with self.takes(0.1, PROMPT):
-            self.assertEqual(self.ask(backend, "x", False, 0.9), "hi\n")
-        # A share of the time is for each connect, and not for the handshake.
-        origin = self.start_origin({"/~x": text_page("hi\n")},
-                                   tls=self.trust_test_cert(),
-                                   greet=raw(b"", pause=0.45))
-        self.answer_names_by("127.0.0.1", "127.0.0.2", "127.0.0.3")
-        backend = self.make_web(
-            None, url=f"https://test.invalid:{origin.port}/~{{user}}")
-        self.assertEqual(self.ask(backend, "x", False, 1.2), "hi\n")
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            address = "test.invalid", server.getsockname()[1]
+            with fingerd_backends.dial(address, 60) as sock:
+                # A share is for each connect, not for the handshake.
+                self.assertGreater(sock.gettimeout(), 50)
+        self.assertEqual(shares, [20, 30, 60])
 
     def test_a_name_service_that_hangs_costs_one_thread_for_a_page(self):
         release, asked = threading.Event(), []
@@ -6091,36 +5950,30 @@ class WebBackendTest(BackendCase):
             return [(2, 1, 6, "", ("127.0.0.1", 0))]
 
         self.answer_names_with(hang)
-        backend = self.make_web(
-            None, url=f"http://test.invalid:{origin.port}/~{{user}}")
-        first = threading.Thread(target=self.assert_fails, args=(
-            "timed out$", self.ask, backend, "x", False, 0.01))
-        first.start()
-        wait_until(lambda: asked, "the first to ask")
-        with self.takes(0.15, 0.15 + PROMPT):
+        url = f"http://test.invalid:{origin.port}/~"
+        backend = self.make_web(None, prefix=url)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            first = pool.submit(self.ask, backend, "x", False, 0.01)
+            wait_until(lambda: asked, "the first to ask")
             results = in_threads([
-                functools.partial(self.ask, backend, "x", False, 0.15)] * 8)
-        self.assertEqual({repr(result) for result in results}, {repr(
-            TimeoutError(f"GET http://test.invalid:{origin.port}/~x: timed out"
-                         ))})
-        self.assertEqual(asked, ["test.invalid"])
-        release.set()
-        first.join(HANG)
+                functools.partial(self.ask, backend, "x", False, 0.05)] * 8)
+            self.assertEqual({repr(result) for result in results}, {
+                repr(TimeoutError(f"GET {url}x: timed out"))})
+            self.assertEqual(asked, ["test.invalid"])
+            release.set()
+            self.assertRegex(str(first.exception(HANG)), "timed out$")
         self.assertEqual(self.ask(backend, "x"), "hi\n")
 
     def test_a_name_without_address_is_a_failure_with_a_reason(self):
-        def fail(*args, **options):
-            raise socket.gaierror(socket.EAI_NONAME, "Name not known")
-
-        self.answer_names_with(fail)
+        self.answer_names_with(mock.Mock(side_effect=socket.gaierror(
+            socket.EAI_NONAME, "Name not known")))
         backend = self.make_web(None, url="http://test.invalid/{user}")
         self.assert_fails("^GET http://test.invalid/x: Name not known$",
                           self.ask, backend, "x")
 
     def test_follows_redirects_on_the_same_host_or_to_those_named(self):
         port = self.start_origin({"/~x": text_page("other port\n")}).port
-        origin = self.start_origin({"/there": text_page("hi\n"),
-                                    "/caf%C3%A9%20x": text_page("coffee\n")})
+        origin = self.start_origin({"/there": text_page("hi\n")})
         own = origin.port
         backend = self.make_web(origin, cache=0.0)
         named, other = (self.make_web(origin, redirect_hosts=(host,))
@@ -6130,16 +5983,17 @@ class WebBackendTest(BackendCase):
             *((backend, location, 302, answer) for location, answer in (
                 ("/there", "hi\n"), ("there", "hi\n"), ("?x#y", None),
                 (origin.url + "/there", "hi\n"),
-                (f"//127.0.0.1:{own}/there", "hi\n"),
-                ("/caf\u00e9 x".encode().decode("latin-1"), "coffee\n"),
-                ("/nowhere", None), ("http://[/", OSError("ValueError: ")),
+                (f"//127.0.0.1:{own}/there", "hi\n"), ("/nowhere", None),
+                ("/h\xe9", OSError("UnicodeEncodeError: ")),
+                ("/x y", OSError("InvalidURL: ")),
+                ("http://[/", OSError("ValueError: ")),
                 ("http://127.0.0.1:x/", OSError("ValueError: ")))),
             *((backend, location, 302, refused) for location in (
                 f"http://localhost:{own}/there", f"http://127.0.0.1:{port}/~x",
                 "http://127.0.0.1:22/", "http://127.0.0.1@localhost/there",
                 f"http://me@127.0.0.1:{own}/there", "http://[::1]/",
                 "file:///etc/passwd", "ftp://127.0.0.1/x", "data:text/plain,x",
-                "gopher://127.0.0.1/", "javascript:alert(1)")),
+                "javascript:alert(1)")),
             *((backend, "/there", status, "hi\n")
               for status in (301, 303, 307, 308)),
             (named, f"http://LOCALHOST:{own}/there", 302, "hi\n"),
@@ -6177,7 +6031,6 @@ class WebBackendTest(BackendCase):
                              ("other", OSError("not allowed$")),
                              ("down", OSError("not allowed$"))):
             self.assert_answer(answer, self.ask, backend, user)
-        self.assertEqual(plain.asked, [])
         self.answer_names_by("127.0.0.1")
         for name, answer in (
                 ("test", "hi\n"),
@@ -6188,6 +6041,7 @@ class WebBackendTest(BackendCase):
         os.environ["SSL_CERT_FILE"] = os.devnull
         backend = self.make_web(secure)
         self.assert_fails("(?i)certificate.verify", self.ask, backend, "x")
+        self.assertEqual(plain.asked, [])
         self.assertEqual(secure.asked, ["/~x", "/~same", "/there", "/~other",
                                         "/~down", "/~x"])
 
@@ -6205,18 +6059,23 @@ class WebBackendTest(BackendCase):
 
     # -- keeping answers
 
+    def pass_time(self, backend, origin, seconds):
+        """Have all pages that are known be older."""
+        for user in "xy":
+            page = backend.find_page(f"{origin.url}/~{user}")
+            page.until -= seconds
+            page.stale_until -= seconds
+
     def test_keeps_answers_for_a_while_unknown_users_too(self):
-        now = [100.0]
         origin = self.start_origin({"/~x": text_page("hi\n")})
-        backend = self.make_web(origin, lambda: now[0], cache=60.0)
-        for _ in range(3):
-            self.assertEqual(self.ask(backend, "x"), "hi\n")
-            self.assertIsNone(self.ask(backend, "y"))
-        self.assertEqual(origin.asked, ["/~x", "/~y"])
+        backend = self.make_web(origin, cache=60.0)
+        for _ in range(2):
+            for _ in range(3):
+                self.assertEqual(self.ask(backend, "x"), "hi\n")
+                self.assertIsNone(self.ask(backend, "y"))
+            self.assertEqual(origin.asked, ["/~x", "/~y"])
+            self.pass_time(backend, origin, 30)
         origin.pages = {"/~y": text_page("here now\n")}
-        now[0] += 59
-        self.assertEqual(self.ask(backend, "x"), "hi\n")
-        now[0] += 1
         self.assertIsNone(self.ask(backend, "x"))
         self.assertEqual(self.ask(backend, "y"), "here now\n")
 
@@ -6233,63 +6092,56 @@ class WebBackendTest(BackendCase):
     def test_asks_once_for_many_clients_at_the_same_moment(self):
         for status, cache, answer in (
                 (200, 60.0, "hi\n"), (200, 0.0, "hi\n"), (404, 60.0, None),
-                (500, 60.0, OSError), (500, 0.0, OSError)):
+                (500, 60.0, "OSError"), (500, 0.0, "OSError")):
             with self.subTest(status, cache=cache):
                 asking: list[str] = []
 
                 def page(handler, status=status, asking=asking):
-                    wait_until(lambda: len(asking) == 32, "all to ask")
-                    handler.server.leaving.wait(0.05)
+                    wait_until(lambda: len(asking) == 8, "all to ask")
                     handler.wfile.write(b"HTTP/1.0 %d x\r\n\r\nhi\n" % status)
 
                 origin = self.start_origin({"/~x": page})
                 backend = self.make_web(origin, cache=cache)
+                backend.find_page = lambda url, asking=asking, find=(
+                    backend.find_page): asking.append(url) or find(url)
                 results = in_threads([
-                    lambda asking=asking, backend=backend: (
-                        asking.append("x") or self.ask(backend, "x"))] * 32)
-                if answer is OSError:
-                    results = [type(result) for result in results]
-                self.assertEqual(results, [answer] * 32)
+                    functools.partial(self.ask, backend, "x")] * 8)
+                self.assertEqual([
+                    type(result).__name__ if isinstance(result, OSError)
+                    else result for result in results], [answer] * 8)
                 self.assertEqual(origin.asked, ["/~x"])
 
     def test_one_that_waits_for_another_has_its_own_deadline(self):
-        def held_back(handler):
-            go.wait(HANG)
-            handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\nlate\n")
+        def silent_first(handler):
+            if len(origin.asked) == 1:
+                go.wait(HANG)
+            handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\nhi\n")
 
-        origin = self.start_origin({"/~x": held_back,
-                                    "/~y": text_page("hi\n")})
         late = TimeoutError("/~x: timed out$")
         for first, user, second, answer in (
                 # One that had less time does not speak for the origin ...
-                (0.1, "x", HANG, "late\n"),
+                (0.1, "x", HANG, "hi\n"),
                 # ... one that has less waits no longer, or not at all.
-                (HANG, "x", 0.1, late), (HANG, "y", HANG, "hi\n")):
-            with self.subTest(first=first, user=user, second=second):
+                (HANG, "x", 0.05, late), (HANG, "y", HANG, "hi\n")):
+            with self.subTest(first=first, user=user, second=second), \
+                    concurrent.futures.ThreadPoolExecutor() as pool:
                 go = threading.Event()
-                origin.busy.clear()
+                origin = self.start_origin({"/~x": silent_first,
+                                            "/~y": text_page("hi\n")})
                 backend = self.make_web(origin)
-                thread = threading.Thread(target=in_threads, args=([
-                    functools.partial(self.ask, backend, "x", False, first)],))
-                thread.start()
-                self.assertTrue(origin.busy.wait(HANG))
-                if first < HANG:
-                    threading.Timer(0.3, go.set).start()
-                with self.takes(0, PROMPT):
-                    self.assert_answer(answer, self.ask, backend, user, False,
-                                       second)
+                pool.submit(self.ask, backend, "x", False, first)
+                wait_until(lambda: origin.asked, "the first to ask")
+                self.assert_answer(answer, self.ask, backend, user, False,
+                                   second)
                 go.set()
-                thread.join(HANG)
 
     def test_gives_an_old_answer_while_the_origin_fails(self):
-        now = [100.0]
         origin = self.start_origin({"/~x": text_page("hi\n")})
-        backend = self.make_web(origin, lambda: now[0], cache=60.0,
-                                stale=3600.0)
+        backend = self.make_web(origin, cache=60.0, stale=3600.0)
         self.assertEqual(self.ask(backend, "x"), "hi\n")
         self.assertIsNone(self.ask(backend, "y"))
         origin.pages = {"/~x": (503, {}, b""), "/~y": (503, {}, b"")}
-        now[0] += 60
+        self.pass_time(backend, origin, 60)
         for _ in range(2):      # each tries again
             self.assertEqual(self.ask(backend, "x"), "hi\n")
             self.assertIsNone(self.ask(backend, "y"))
@@ -6298,102 +6150,100 @@ class WebBackendTest(BackendCase):
             " Unavailable" for name in "xyxy"])
         self.assertEqual(origin.asked, ["/~x", "/~y"] * 3)
         origin.pages["/~x"] = drip(HEAD + b"\r\n")
-        with self.takes(0.4, 1):        # in half of the time
-            self.assertEqual(self.ask(backend, "x", False, 1), "hi\n")
+        with self.takes(0.1, PROMPT):       # in half of the time
+            self.assertEqual(self.ask(backend, "x", False, 0.2), "hi\n")
         origin.pages["/~x"] = (503, {}, b"")
-        now[0] += 3599
+        self.pass_time(backend, origin, 3500)
         self.assertEqual(self.ask(backend, "x"), "hi\n")
-        now[0] += 1
+        self.pass_time(backend, origin, 100)
         self.assert_fails("503", self.ask, backend, "x")
         origin.pages = {"/~x": text_page("back\n")}
         self.assertEqual(self.ask(backend, "x"), "back\n")
 
+    @mock.patch.object(fingerd_backends, "MAX_PAGES", 2)
     def test_forgets_what_was_asked_for_least(self):
-        origin = self.start_origin({"/~known": text_page("hi\n")})
+        origin = self.start_origin()
         backend = self.make_web(origin)
-        for number in range(2 * fingerd_backends.MAX_PAGES):
-            if number % 900 == 0:
-                self.assertEqual(self.ask(backend, "known"), "hi\n")
-            page = backend._page(f"{origin.url}/~{number}")
-            page.until = math.inf
-        self.assertIsNone(self.ask(backend, str(number)))
-        self.assertEqual(origin.asked, ["/~known"])
-        self.assertEqual(len(backend.pages), fingerd_backends.MAX_PAGES)
-        self.ask(backend, "0")
-        self.assertEqual(origin.asked, ["/~known", "/~0"])
-
-    def test_the_cache_is_bounded_in_bytes(self):
-        _, backend = self.make_table([text_page("\u65e5" * 2 ** 18)] * 40,
-                                     max_output=2 ** 20)
-        for number in range(40):
-            self.assertEqual(len(self.ask(backend, str(number))), 2 ** 18)
-        kept = sum(sys.getsizeof(page.answer)
-                   for page in backend.pages.values())
-        self.assertLessEqual(kept, fingerd_backends.MAX_CACHE + 2 ** 20)
-        self.assertGreater(kept, fingerd_backends.MAX_CACHE / 2)
+        for user in "xyxzxy":
+            self.ask(backend, user)
+        self.assertEqual(origin.asked, ["/~x", "/~y", "/~z", "/~y"])
 
     # -- where nothing can be loaded any more
 
+    @mock.patch.object(fingerd_backends.BoundedHandler, "tls", None)
+    @mock.patch.dict(fingerd_backends.known_addresses)
     def test_looks_hosts_up_before_a_chroot_and_never_after(self):
-        tls = self.trust_test_cert()
-        origin = self.start_origin({"/~x": text_page("safe")}, tls=tls)
-        out = run_python(self, """\
-            def find(host, *args, **options):
-                if host is None or "missing" in host:
-                    raise socket.gaierror(socket.EAI_NONAME, "Unknown")
-                print("looks up", host)
-                return [(2, 1, 6, "", ("127.0.0.1", 0))]
-            real, socket.getaddrinfo = socket.getaddrinfo, find
-            os.environ.update(http_proxy="proxy.invalid:80", no_proxy="no.too")
-            url = "https://test.invalid:%s/~{user}" % sys.argv[1]
-            try:
-                make("web", prefix="http://missing.invalid/",
-                     index="https://missing.too/").enter_chroot("/")
-            except ValueError as error:
-                print(error)
-            backend = make("web", url=url, redirect_hosts=(
-                "other.invalid", "missing.invalid"))
-            backend.enter_chroot("/")
-            os.environ["SSL_CERT_FILE"] = os.devnull
-            socket.getaddrinfo = lambda host, *args, **options: (
-                real(host, *args, **options) if host == "127.0.0.1" else 1 / 0)
-            print(ask(backend, "x"), ask(make("web", url=url), "x"))
-            """, str(origin.port))
+        def find(host, *args, **options):
+            asked.append(host)
+            if "missing" in host:
+                raise socket.gaierror(socket.EAI_NONAME, "Unknown")
+            return [(2, 1, 6, "", ("127.0.0.1", 0))]
+
+        asked: list[str] = []
+        self.answer_names_with(find)
+        origin = self.start_origin({"/~x": text_page("safe")},
+                                   tls=self.trust_test_cert())
+        with self.assertRaises(ValueError) as caught:
+            self.make_web(None, prefix="http://missing.invalid/",
+                          index="https://missing.too.invalid/").enter_chroot(
+                              "/")
         failed = ("is found, nor will be in the chroot; write an address"
                   " instead of the name")
-        self.assertEqual(out.splitlines(), [
-            "looks up proxy.invalid",
+        self.assertEqual(str(caught.exception).splitlines(), [
             f"prefix: no address of missing.invalid {failed}",
-            f"index: no address of missing.too {failed}",
-            "looks up test.invalid", "looks up other.invalid", "safe safe"])
+            f"index: no address of missing.too.invalid {failed}"])
+        options = {"url": f"https://test.invalid:{origin.port}/~{{user}}",
+                   "redirect_hosts": ("other.invalid", "missing.invalid")}
+        first = self.make_web(None, **options)
+        first.enter_chroot("/")
+        os.environ["SSL_CERT_FILE"] = os.devnull
+        for backend in (first, self.make_web(None, **options)):
+            self.assertEqual(self.ask(backend, "x"), "safe")
+        self.assertEqual(asked, [
+            "missing.invalid", "missing.too.invalid", "test.invalid",
+            "other.invalid", "missing.invalid"])
 
     def test_needs_no_module_after_the_start(self):
         # After chroot or the drop, Python's own files may be out of reach.
-        tls = self.trust_test_cert()
         origin = self.start_origin({
-            "/~x": html_page("<title>a</title>&eacute;"), "/~bad": raw(b"x\n"),
-            "/~gzip": (200, {"Content-Encoding": "gzip"}, gzip.compress(b"x")),
+            "/~x": (200, {"Content-Type": "text/html"},
+                    b"<meta charset=iso-2022-jp>&eacute;"),
+            "/~bad": raw(b"x\n"),
             "/~koi": (200, {"Content-Type": "text/plain; charset=koi8-r"},
                       b"\xf0"),
-            "/~jis": (200, {"Content-Type": "text/html"},
-                      b"<meta charset=iso-2022-jp>x"),
             "/~away": (302, {"Location": "http://h\xe9.invalid/"}, b"")})
-        secure = self.start_origin({"/~x": text_page("safe")}, tls=tls)
+        secure = self.start_origin({"/~x": text_page("safe")},
+                                   tls=self.trust_test_cert())
         out = run_python(self, """\
-            web, tls, name = [make("web", prefix=prefix + "/~") for prefix in (
-                *sys.argv[1:], "http://localhost:1")]
-            finger = make("finger", command="echo {user}")
+            import sys
+            import fingerd_backends
+            def ask(backend, user):
+                try:
+                    return backend.lookup(user, False, "", 10)
+                except OSError as error:
+                    return type(error).__name__
+            backends = [
+                kind({**{name: text for name, _, text, _ in kind.settings},
+                      "max_output": 5000, "cache": 60.0, "stale": 1.0,
+                      "redirect_hosts": (), setting: text}, print)
+                for kind, setting, text in (
+                    (fingerd_backends.WebBackend, "prefix", sys.argv[1]),
+                    (fingerd_backends.WebBackend, "prefix", sys.argv[2]),
+                    (fingerd_backends.WebBackend, "prefix",
+                     "http://localhost:1/"),
+                    (fingerd_backends.FingerBackend, "command",
+                     "echo {user}"))]
             class Refuse:
                 def find_spec(self, name, *args):
                     print("needs", name)
             sys.meta_path.insert(0, Refuse())
-            for user in "x", "bad", "gzip", "koi", "jis", "away", "none":
-                print(ascii(ask(web, user)))
-            print(ask(tls, "x"), ask(name, "x"), ask(finger, "x"), end="")
-            """, origin.url, secure.url)
+            for user in "x", "bad", "koi", "away", "none":
+                print(ascii(ask(backends[0], user)))
+            print(*(ask(backend, "x") for backend in backends[1:]), end="")
+            """, origin.url + "/~", secure.url + "/~")
         self.assertEqual(out.splitlines(), [
-            "'a\\n\\n\\xe9\\n'", "'OSError'", "'OSError'", "'\\u041f'",
-            "'x\\n'", "'OSError'", "None", "safe OSError x"])
+            "'\\xe9\\n'", "'OSError'", "'\\u041f'", "'OSError'", "None",
+            "safe OSError x"])
 
 
 # ---- files ------------------------------------------------------------------
