@@ -99,43 +99,28 @@ def connect(address, source=None, window=0, *, timeout=HANG):
     return sock
 
 
-def has_ipv6():
-    """Can this system listen on ::1?"""
+def can_listen(host):
+    """Has this system that address?"""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        socket.create_server((host, 0), family=family).close()
     except OSError:
         return False
     return True
 
 
-def needs_proc(test):
-    """Skip a test that looks at the process from outside."""
-    return unittest.skipUnless(os.path.exists("/proc/self/status"),
-                               "no /proc here")(test)
-
-
-def needs_root(test):
-    """Skip a test of what only root can do."""
-    return unittest.skipUnless(os.geteuid() == 0, "needs root")(test)
-
-
-def needs_more_addresses(test):
-    """Skip a test where loopback has 127.0.0.1 only."""
-    try:
-        socket.create_server(("127.0.0.2", 0)).close()
-    except OSError:
-        return unittest.skip("this system has no 127.0.0.2")(test)
-    return test
+has_ipv6 = functools.partial(can_listen, "::1")
+needs_proc = unittest.skipUnless(os.path.exists("/proc/self/status"),
+                                 "no /proc here")
+needs_root = unittest.skipUnless(os.geteuid() == 0, "needs root")
+needs_more_addresses = unittest.skipUnless(can_listen("127.0.0.2"),
+                                           "this system has no 127.0.0.2")
 
 
 def read_all(sock):
     """Read up to the end of file."""
-    parts: list[bytes] = []
-    while True:
-        data = sock.recv(65536)
-        if not data:
-            return b"".join(parts)
-        parts.append(data)
+    with sock.makefile("rb") as file:
+        return file.read()
 
 
 def ask(address, *segments):
@@ -182,11 +167,11 @@ def full_listener(host="127.0.0.1", port=0):
 
 
 @contextlib.contextmanager
-def config_file(text, name="fingerd.conf"):
+def config_file(text):
     """Write a config into a directory of its own; give its path."""
     with tempfile.TemporaryDirectory() as directory:
         os.chmod(directory, 0o755)      # for the user that root becomes
-        path = os.path.join(directory, name)
+        path = os.path.join(directory, "fingerd.conf")
         with open(path, "wb") as file:
             file.write(text if isinstance(text, bytes) else text.encode())
         yield path
@@ -315,23 +300,24 @@ class Fork:
     A Python of its own takes ten times as long to start.
     """
 
-    def __init__(self, args, stdin=subprocess.DEVNULL, stdout=None,
-                 stderr=None, cwd=None, preexec_fn=None, keep=()):
-        self.returncode = None
-        null = os.open(os.devnull, os.O_RDWR)
-        streams = [null if file in (None, subprocess.DEVNULL) else
-                   file if isinstance(file, int) else file.fileno()
-                   for file in (stdin, stdout, stderr)]
-        self.pid = os.fork()
-        if not self.pid:
+    returncode = None
+
+    def __init__(self, args, stdin=None, stdout=None, stderr=None, cwd=".",
+                 preexec_fn=list, keep=()):
+        with open(os.devnull, "r+b", 0) as null:
+            files: list[Any] = [
+                null if file in (None, subprocess.DEVNULL) else file
+                for file in (stdin, stdout, stderr)]
+            self.pid = os.fork()
+            if self.pid:
+                return
             try:
                 gc.freeze()     # no socket of the test is to be closed late
-                for number, fd in enumerate(streams):
-                    os.dup2(fd, number)
-                if cwd:
-                    os.chdir(cwd)
-                if preexec_fn:
-                    preexec_fn()
+                for number, file in enumerate(files):
+                    os.dup2(file if isinstance(file, int) else file.fileno(),
+                            number)
+                os.chdir(cwd)
+                preexec_fn()
                 for fd in map(int, open_descriptors()):
                     if fd > 2 and fd not in keep:
                         with contextlib.suppress(OSError):
@@ -344,7 +330,6 @@ class Fork:
                 os.write(2, traceback.format_exc().encode())
             finally:
                 os._exit(1)
-        os.close(null)
 
     def poll(self):
         if self.returncode is None:
@@ -411,15 +396,11 @@ class Program(Logged):
         return run_fingerd("--config", self.config, "--pidfile", self.pidfile,
                            *args)
 
-    def launch(self, *args, log=None, run=start_fingerd, **options):
-        """Start it in the background; give the launcher."""
+    def start(self, *args, log=None, run=run_fingerd, **options):
+        """Start it in the background; give what the launcher gives."""
         return run("--config", self.config, "--pidfile", self.pidfile,
                    "--daemon", "--listen", "127.0.0.1:0", "--logfile",
                    log or self.log_path, *args, **options)
-
-    def start(self, *args, **options):
-        """Start it in the background; give what the launcher gives."""
-        return self.launch(*args, run=run_fingerd, **options)
 
     def serve(self, *args, **options):
         """Start it in the foreground; its stderr is the log."""
@@ -460,11 +441,9 @@ class Program(Logged):
         """Do as logrotate's create does; give the path of the old log."""
         old = self.log_path + ".1"
         os.rename(self.log_path, old)
-        with open(self.log_path, "w"):
-            pass
-        if os.geteuid() == 0:
-            info = os.stat(old)
-            os.chown(self.log_path, info.st_uid, info.st_gid)
+        info = os.stat(old)
+        open(self.log_path, "w").close()
+        os.chown(self.log_path, info.st_uid, info.st_gid)
         return old
 
     def status(self, key):
@@ -3222,7 +3201,7 @@ class BackgroundTest(unittest.TestCase):
                              (signal.SIGUSR1, "counters"),
                              (signal.SIGTERM, "stopped")]:
             with background(start=False) as program:
-                launcher = program.launch()
+                launcher = program.start(run=start_fingerd)
                 wait_until(lambda: os.path.exists(program.pidfile) and
                            pathlib.Path(program.pidfile).read_text(), "pid")
                 with contextlib.suppress(ValueError, OSError):
