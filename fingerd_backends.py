@@ -967,13 +967,11 @@ class SqlBackend:
                " dbname=people password='with spaces'",
                self.query.count(mark) != 1 and f"query: does not have {mark}"
                " once; write it where the name goes, and nowhere else")
-        self.arguments = {
+        file = {"database": f"file:{quote(database)}?mode=ro", "uri": True}
+        self.arguments = file if self.sqlite else {
             name: int(plain) if re.fullmatch("-?[0-9]+", plain)
             else quoted or plain
             for name, _, quoted, plain in CONNECT_WORD.findall(connect)}
-        if self.sqlite:
-            self.arguments = {"database": f"file:{quote(database)}?mode=ro",
-                              "uri": True}
 
     def __del__(self):
         for connection in self.idle:
