@@ -160,100 +160,96 @@ TICK = 0.05         # seconds between looks whether a program has ended ...
 LAST_TICK = 0.001   # ... and when its pipes have: it ends at any moment
 REAP_TIME = 1.0     # seconds a killed program may take to vanish
 
-# The runs whose programs live.  The lock is held from a start until it is
-# known here; a run leaves before it is reaped.
-live_runs: set[Run] = set()
-live_lock = threading.Lock()
+# The programs that run.  The lock is held from a start until it is known
+# here; one leaves before it is reaped.
+running: set[subprocess.Popen[bytes]] = set()
+running_lock = threading.Lock()
 
 
 def kill_all():
-    """Kill what lives, and start nothing more: the daemon ends."""
-    live_lock.acquire()         # and never released
-    for run in live_runs:
-        run.kill()
+    """Kill what runs, and start nothing more: the daemon ends."""
+    running_lock.acquire()      # and never released
+    for process in running:
+        kill_group(process)
 
 
-class Run:
-    """One run of a program, in a session and process group of its own.
+def kill_group(process):
+    """Kill a program and its children, unless its number may be another's."""
+    if process.returncode is None:
+        # All may have ended, or be another user's.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def run_program(argv: list[str], env: dict[str, str]) -> Iterator[Any]:
+    """Start a program in a session of its own; kill what is left of it.
 
     It is not reaped before its group is killed: until then its number cannot
     be another's.
     """
-
-    def __init__(self, argv: list[str], env: dict[str, str]) -> None:
-        self.output = bytearray()
-        self.errors = bytearray()
-        self.ended = False          # by itself: its status means something
-        self.timed_out = False
-        # Debian's finger obeys .nofinger only when stdin is a socket.
-        stdin, peer = socket.socketpair()
-        peer.close()
-        with stdin, live_lock:
-            # As bytes, so that the daemon's locale cannot spoil a name.
-            self.process = subprocess.Popen(
-                [argv[0], *(word.encode() for word in argv[1:])],
-                env={key.encode(): env[key].encode() for key in env},
-                stdin=stdin.fileno(), stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE, start_new_session=True)
-            live_runs.add(self)
-        self.pipes: Any = {self.process.stdout: self.output,
-                           self.process.stderr: self.errors}
-
-    def read(self, limit: int, deadline: float) -> None:
-        """Read both pipes until all is said, or too much, or too late.
-
-        After the end of the program or of its pipes, the other gets LINGER
-        seconds: a grandchild may hold a pipe, a program close them and sleep.
-        """
-        silent = False
-        with selectors.DefaultSelector() as selector:
-            for pipe, data in self.pipes.items():
-                selector.register(pipe, selectors.EVENT_READ, data)
-            while len(self.output) <= limit and not (silent and self.ended):
-                left = deadline - time.monotonic()
-                tick = LAST_TICK if silent else TICK
-                for key, _ in selector.select(max(0, min(left, tick))):
-                    data = os.read(key.fd, READ_SIZE)
-                    key.data.extend(data)
-                    if not data:
-                        selector.unregister(key.fileobj)
-                del self.errors[MAX_STDERR:]
-                if left <= 0:
-                    self.timed_out = not (silent or self.ended)
-                    return
-                lingers = silent or self.ended
-                silent = not selector.get_map()
-                self.ended = self._has_ended(silent)
-                if (silent or self.ended) and not lingers:
-                    deadline = min(deadline, time.monotonic() + LINGER)
-
-    def _has_ended(self, silent):
-        """Report whether the program has ended, without reaping it."""
-        # macOS before Python 3.13 can only reap, and then not kill the group.
-        if not hasattr(os, "waitid"):
-            return silent and self.process.poll() is not None
-        with contextlib.suppress(ChildProcessError):
-            return bool(os.waitid(os.P_PID, self.process.pid, os.WEXITED
-                                  | os.WNOHANG | os.WNOWAIT))
-        return True     # SIGCHLD is ignored: it is reaped already
-
-    def kill(self) -> None:
-        """Kill the group, unless its number may be another's."""
-        if self.process.returncode is None:
-            # All may have ended, or be another user's.
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-
-    def close(self) -> None:
-        """Kill the group, close the pipes, reap."""
-        with live_lock:
-            live_runs.discard(self)
-            self.kill()
-        for pipe in self.pipes:
-            pipe.close()
+    # Debian's finger obeys .nofinger only when stdin is a socket.
+    stdin, peer = socket.socketpair()
+    peer.close()
+    with stdin, running_lock:
+        # As bytes, so that the daemon's locale cannot spoil a name.
+        process: Any = subprocess.Popen(
+            [argv[0], *(word.encode() for word in argv[1:])],
+            env={key.encode(): env[key].encode() for key in env},
+            stdin=stdin.fileno(), stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, start_new_session=True)
+        running.add(process)
+    try:
+        yield process
+    finally:
+        with running_lock:
+            running.discard(process)
+            kill_group(process)
+        process.stdout.close()
+        process.stderr.close()
         # One that is stuck in the kernel is reaped by a later Popen.
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(REAP_TIME)
+            process.wait(REAP_TIME)
+
+
+def read_pipes(process, limit, deadline):
+    """Give output, complaints, and whether the program has ended by itself.
+
+    After the end of the program or of its pipes, the other gets LINGER
+    seconds: a grandchild may hold a pipe, a program close them and sleep.
+    """
+    output, errors, silent, ended = bytearray(), bytearray(), False, False
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ, output)
+        selector.register(process.stderr, selectors.EVENT_READ, errors)
+        while len(output) <= limit and not (silent and ended):
+            left = deadline - time.monotonic()
+            tick = LAST_TICK if silent else TICK
+            for key, _ in selector.select(max(0, min(left, tick))):
+                data = os.read(key.fd, READ_SIZE)
+                key.data.extend(data)
+                if not data:
+                    selector.unregister(key.fileobj)
+            del errors[MAX_STDERR:]
+            if left <= 0:
+                break
+            lingers = silent or ended
+            silent = not selector.get_map()
+            ended = has_ended(process, silent)
+            if (silent or ended) and not lingers:
+                deadline = min(deadline, time.monotonic() + LINGER)
+    return output, errors, ended
+
+
+def has_ended(process, silent):
+    """Report whether a program has ended, without reaping it."""
+    # macOS before Python 3.13 can only reap, and then not kill the group.
+    if not hasattr(os, "waitid"):
+        return silent and process.poll() is not None
+    with contextlib.suppress(ChildProcessError):
+        return bool(os.waitid(os.P_PID, process.pid,
+                              os.WEXITED | os.WNOHANG | os.WNOWAIT))
+    return True     # SIGCHLD is ignored: it is reaped already
 
 
 # ---- finger -----------------------------------------------------------------
@@ -350,19 +346,20 @@ class FingerBackend:
         env = {"PATH": PATH, "LC_ALL": "C.UTF-8", "FINGER_USER": user,
                "FINGER_CLIENT": client,
                "FINGER_VERBOSE": "1" if verbose else ""}
-        with contextlib.closing(Run(argv, env)) as run:
-            run.read(self.max_output, deadline)
-        text = make_text(run.output, "utf-8", self.max_output)
-        errors = make_text(run.errors, "utf-8", MAX_STDERR).strip()
+        with run_program(argv, env) as process:
+            output, said, ended = read_pipes(process, self.max_output,
+                                             deadline)
+            late = time.monotonic() >= deadline
+        text = make_text(output, "utf-8", self.max_output)
+        errors = make_text(said, "utf-8", MAX_STDERR).strip()
         if errors:
             level = "debug" if UNKNOWN.fullmatch(errors) else "warning"
             lines = "; ".join(filter(None, map(str.strip, errors.split("\n"))))
             self.report(f"{argv[0]}: on standard error: {lines}", level)
-        status = run.process.returncode
-        if run.timed_out:
+        if late and not ended and len(output) <= self.max_output:
             raise TimeoutError(f"{argv[0]}: timed out, killed")
-        if run.ended and status < 0:
-            raise OSError(f"{argv[0]}: ended by signal {-status}")
+        if ended and process.returncode < 0:
+            raise OSError(f"{argv[0]}: ended by signal {-process.returncode}")
         if UNKNOWN.fullmatch(text.strip() or errors):
             return None
         return text or None
@@ -573,12 +570,8 @@ class BoundedFile(socket.SocketIO):
 class BoundedHandler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     """urllib's handler of http and https, what it reads bounded."""
 
-    tls: Any = None             # in a chroot, which hides the certificates
-
     def do_open(self, http_class, req, **options):
         deadline = time.monotonic() + req.timeout
-        if self.tls and "context" in options:
-            options["context"] = self.tls
 
         def respond(sock, **options):
             response = http.client.HTTPResponse(sock, **options)
@@ -609,20 +602,19 @@ def choose_template(url: str, prefix: str) -> str:
     """Make the one URL, with {user} in it, of the two settings."""
     refuse(bool(url) == bool(prefix) and "url: write either url or prefix,"
            " e.g. url = https://example.org/~{user}")
-    return check_url("url" if url else "prefix", url or prefix)
+    if prefix:
+        return check_url("prefix", prefix + "{user}")
+    refuse("{user}" not in check_url("url", url) and f'url: "{url}" has no'
+           " place for the name; write {user} in its path")
+    return url
 
 
-def check_url(setting: str, text: str) -> str:
+def check_url(setting: str, url: str) -> str:
     """Check a URL of the config: http or https, and a host of its own."""
-    url = text + "{user}" if setting == "prefix" else text
-    if not WEB_URL.fullmatch(url):
-        text = re.sub("//.*@", "//...@", text)      # it may be a password
-        wrong = "is not a web address; write https://host/path"
-    elif setting == "url" and "{user}" not in url:
-        wrong = "has no place for the name; write {user} in its path"
-    else:
-        return url
-    raise ValueError(f'{setting}: "{text}" {wrong}')
+    text = re.sub("//.*@", "//...@", url)       # it may be a password
+    refuse(not WEB_URL.fullmatch(url) and f'{setting}: "{text}" is not a web'
+           " address; write https://host/path")
+    return url
 
 
 def climbs(url: str) -> bool:
@@ -654,6 +646,7 @@ class WebBackend:
     # For one page at a time to become text: the server waits for each thread
     # that wants to run.
     turn = threading.Lock()
+    tls: Any = None             # in a chroot, which hides the certificates
     settings = (
         ("url", "text", "", "page of a user: https://example.org/~{user}"),
         ("prefix", "text", "", "the same in short, the name is appended"),
@@ -678,8 +671,8 @@ class WebBackend:
             ("User-Agent", "fingerd/" + __version__),
             ("Accept", "text/plain, text/html;q=0.9, text/*;q=0.8")]
         self.opener.add_handler(urllib.request.ProxyHandler())
-        self.opener.add_handler(
-            BoundedHandler(context=ssl.create_default_context()))
+        self.opener.add_handler(BoundedHandler(
+            context=self.tls or ssl.create_default_context()))
         # Later they may be out of reach.
         for name in {*CODECS.values(), "utf_8_sig", "idna"}:
             codecs.lookup(name)
@@ -695,7 +688,7 @@ class WebBackend:
                  " chroot; write an address instead of the name"
                  for name, host in hosts.items()
                  if host not in known_addresses))
-        BoundedHandler.tls = ssl.create_default_context()
+        WebBackend.tls = ssl.create_default_context()
 
     def lookup(self, user, verbose, client, timeout):
         """Give the text of the user's page; None: no such user."""

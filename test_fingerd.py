@@ -5541,7 +5541,7 @@ class WebBackendTest(BackendCase):
                 "https://example.org/\u00e9{user}", "https://a:x/{user}",
                 "https://[::1/{user}", "https://a\\b/{user}")),
             ({"prefix": "https://example.org"},
-             f'prefix: "https://example.org" {no_url}'),
+             f'prefix: "https://example.org{{user}}" {no_url}'),
             ({"url": "https://me:secret@example.org/@{user}"},
              f'url: "https://...@{{user}}" {no_url}'),
             ({"url": host}, f'url: "{host}" has no place for the name; write'
@@ -6133,7 +6133,7 @@ class WebBackendTest(BackendCase):
 
     # -- where nothing can be loaded any more
 
-    @mock.patch.object(fingerd_backends.BoundedHandler, "tls", None)
+    @mock.patch.object(WebBackend, "tls", None)
     @mock.patch.dict(fingerd_backends.known_addresses)
     def test_looks_hosts_up_before_a_chroot_and_never_after(self):
         def find(host, *args, **options):
