@@ -426,6 +426,7 @@ FACILITIES = (                  # by their numbers: RFC 3164 4.1.1
     "cron", "authpriv", "ftp", "ntp", "audit", "alert", "clock", "local0",
     "local1", "local2", "local3", "local4", "local5", "local6", "local7")
 LEVELS = ("debug", "info", "notice", "warning", "error")
+INFO = LEVELS.index("info")     # the level of a query's line
 MAX_SECONDS = 366 * 86400       # a year: more is a typing error
 MAX_COUNT = 1_000_000_000       # of anything counted, bytes included
 MIN_SIZE = 16                   # bytes: room for [truncated]
@@ -1110,7 +1111,7 @@ class Log:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()    # held from a line's format to its end
-        self.level = LEVELS.index("info")
+        self.level = INFO
         self.format = format_text
         self.hide = HIDERS["full"]
         self.facility = 0
@@ -1899,10 +1900,12 @@ class FingerHandler(socketserver.StreamRequestHandler):
         server.outcomes[reply.outcome] += 1
         if server.stats:
             server.stats.count(reply, time.monotonic() - self.started)
-        server.log.event(
-            "info", "query", client=self.host, port=self.client_address[1],
-            q=bytes(self.text), outcome=reply.outcome, backend=reply.backend,
-            bytes=self.sent, ms=int((time.monotonic() - self.started) * 1000))
+        if server.log.level <= INFO:
+            server.log.event(
+                "info", "query", client=self.host,
+                port=self.client_address[1], q=bytes(self.text),
+                outcome=reply.outcome, backend=reply.backend, bytes=self.sent,
+                ms=int((time.monotonic() - self.started) * 1000))
 
     def has_left(self):
         """Discard what follows the line; is it time to close?
@@ -2597,7 +2600,9 @@ def fit_max_clients(config: Any, log: Log) -> None:
     clients = soft - SPARE_DESCRIPTORS
     if config.server.forward or any(
             backend.waits for _, backend in config.backends):
-        clients -= LOOKUP_DESCRIPTORS * limits.max_threads
+        # There are never more lookups than clients.
+        clients = max(clients // (1 + LOOKUP_DESCRIPTORS),
+                      clients - LOOKUP_DESCRIPTORS * limits.max_threads)
     clients = max(1, clients)
     if clients < limits.max_clients:
         log.event("notice", "limits", max_clients=clients, descriptors=soft,

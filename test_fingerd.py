@@ -2896,7 +2896,7 @@ class ProcessTest(unittest.TestCase):
                 (finger + two, 200, 300,
                  "limits max_clients=254 descriptors=300 configured=10000"),
                 (finger, 300, 300,
-                 "limits max_clients=1 descriptors=300 configured=10000"),
+                 "limits max_clients=33 descriptors=300 configured=10000"),
                 (one, 36, 36, "full clients=4 limit=4"),
                 (one, 31, 31, "full clients=1 limit=1")]:
             with self.subTest(text=text, hard=hard), daemon(
