@@ -4835,9 +4835,7 @@ class BackendCase(Case):
     """Makes backends; fails when one leaves a thread or descriptor behind."""
 
     def setUp(self):
-        patch = mock.patch.dict(os.environ)
-        patch.start()
-        self.addCleanup(patch.stop)
+        self.enter(mock.patch.dict(os.environ))
         for name in list(os.environ):
             if name.lower().endswith("_proxy"):
                 del os.environ[name]
@@ -4860,9 +4858,7 @@ class BackendCase(Case):
         return kind(dict(defaults(kind), **options), self.report, *args)
 
     def write_script(self, text, name="script", shell="#!/bin/sh\n"):
-        path = os.path.join(self.folder, name)
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(shell + textwrap.dedent(text))
+        path = write_file(self.folder, name, shell + textwrap.dedent(text))
         os.chmod(path, 0o755)
         return path
 
@@ -5051,9 +5047,7 @@ class WebContractTest(NamePatternContract):
 
 class FilesContractTest(BackendContract):
     name, kind = "files", FilesBackend
-    # No system bounds the time of a read; FilesBackendTest has a client of
-    # the server wait for one.
-    test_keeps_to_the_timeout: Any = None
+    test_keeps_to_the_timeout: Any = None       # no system bounds a read
 
     def setUp(self):
         super().setUp()
@@ -5076,21 +5070,20 @@ class SqlContractTest(BackendContract):
     def setUp(self):
         super().setUp()
         self.addCleanup(gc.collect)     # an exception keeps its connection
+        self.path = os.path.join(self.folder, "known.db")
+        make_database(self.path, """
+            CREATE TABLE known (name, text);
+            INSERT INTO known VALUES ('alice', 'I am alice.\n'),
+                                     ('bob', 'I am bob.');
+            CREATE VIEW people AS SELECT * FROM known
+                UNION ALL SELECT 'broken', abs(-9223372036854775808)
+                UNION ALL SELECT 'slow', (WITH RECURSIVE t(n) AS (
+                    SELECT 1 UNION ALL SELECT n + 1 FROM t)
+                    SELECT count(*) FROM t);
+            """)
 
     def make_known(self, listed=False, **options):
-        path = os.path.join(self.folder, "known.db")
-        if not os.path.exists(path):
-            make_database(path, """
-                CREATE TABLE known (name, text);
-                INSERT INTO known VALUES ('alice', 'I am alice.\n'),
-                                         ('bob', 'I am bob.');
-                CREATE VIEW people AS SELECT * FROM known
-                    UNION ALL SELECT 'broken', abs(-9223372036854775808)
-                    UNION ALL SELECT 'slow', (WITH RECURSIVE t(n) AS (
-                        SELECT 1 UNION ALL SELECT n + 1 FROM t)
-                        SELECT count(*) FROM t);
-                """)
-        return self.make(SqlBackend, database=path, list_query=listed * (
+        return self.make(SqlBackend, database=self.path, list_query=listed * (
             "SELECT name FROM known ORDER BY name"))
 
 
