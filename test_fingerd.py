@@ -711,7 +711,7 @@ class ReplyTest(unittest.TestCase):
 
     def test_never_lets_anything_unsafe_through(self):
         seeded = random.Random(1288)
-        for _ in range(1500):
+        for _ in range(500):
             text = "".join(chr(seeded.choice([
                 seeded.randrange(0x20), seeded.randrange(0x7e, 0xa0),
                 seeded.randrange(0x2000, 0x2070), seeded.randrange(0x110000),
@@ -1524,14 +1524,6 @@ class AnswerTest(ServerCase):
                 self.assertEqual(read_all(sock), reply)
         server.wait_log('q="" outcome=silent backend=- bytes=0')
 
-    def test_waits_for_segments_that_come_late(self):
-        server = self.serve()
-        sock = self.enter(connect(server.address))
-        sock.sendall(b"mos")
-        server.wait_waiting(fingerd.READ)
-        sock.sendall(b"hez\r\n")
-        self.assertEqual(read_all(sock), HAPPY)
-
     def test_logs_a_line_for_each_connection(self):
         server = self.serve("[server]\nuser_list = yes\n" + USERS)
         for line in (b"/W moshez", b"al\x1b\"", b"moshez bob", b""):
@@ -1548,22 +1540,6 @@ class AnswerTest(ServerCase):
             ' backend=users bytes=32',
             'query client=127.0.0.1 q="" outcome=list backend=users'
             ' bytes=68'])
-
-    def test_truncates_long_replies_at_a_line(self):
-        text = "".join(f"\n line {n}" for n in range(100))
-        server = self.serve("[limits]\nmax_reply = 100\n[users]\nlong ="
-                            + text)
-        reply = server.ask(b"long\r\n")
-        self.assertLessEqual(len(reply), 100)
-        self.assertRegex(reply, rb"^line 0\r\nline 1\r\n(line \d+\r\n)*"
-                                rb"\[truncated\]\r\n$")
-        self.assertLessEqual(len(server.ask(b"long long long\r\n")), 100)
-
-    def test_every_fixed_reply_fits_the_least_max_reply(self):
-        for reply in fingerd.FIXED_REPLIES.values():
-            self.assertLessEqual(len(reply.data), 64)
-        with self.assertRaisesRegex(fingerd.ConfigError, "max_reply"):
-            read_config("[limits]\nmax_reply = 63\n")
 
     def test_allows_and_denies_by_network(self):
         for policy, host, allowed in [
@@ -2031,22 +2007,6 @@ class ProxyTest(unittest.TestCase):
                         self.assertIsNone(
                             fingerd.parse_proxy_header(data[:end]))
 
-    def test_random_bytes_are_a_header_or_malformed_or_incomplete(self):
-        seeded = random.Random(79)
-        headers = [*proxied("192.0.2.7"), *proxied("2001:db8::5", 1, "::1"),
-                   b"PROXY UNKNOWN\r\n", proxy_2(0, command=0x20)]
-        kinds: set[Any] = set()
-        for _ in range(5000):
-            data = bytearray(seeded.choice(headers))
-            for _ in range(seeded.choice((0, 1, 1, 1, 2))):
-                data[seeded.randrange(len(data))] = seeded.randrange(256)
-            try:
-                kinds.add(type(fingerd.parse_proxy_header(bytes(data))))
-            except fingerd.MalformedQuery as error:
-                kinds.add(type(error))
-        self.assertEqual(kinds, {fingerd.ProxyHeader, fingerd.MalformedQuery,
-                                 type(None)})
-
     @contextlib.contextmanager
     def balanced(self, limits="", more=""):
         with serving("[server]\nproxy_from = 127.0.0.1 192.0.2.0/24\n"
@@ -2119,25 +2079,31 @@ class ProxyTest(unittest.TestCase):
 
     def test_without_a_good_header_the_balancer_is_in_the_log(self):
         malformed = b"Malformed query\r\n"
-        late = b"Query timed out\r\n"
-        with self.balanced("timeout = 0.1") as server:
-            for data, reply, logged in [
-                    (b"moshez\r\n", malformed, 'q="moshez.*" .*malformed'),
-                    (b"PROXY TCP4 x\r\n", malformed, "PROXY.*malformed"),
-                    (proxied("192.0.2.7")[0] * 2, malformed,
-                     "client=192.0.2.7 .*outcome=malformed"),
-                    (proxied("192.0.2.7")[1][:20], late, "QUIT.*=timeout"),
-                    (b"PROXY TCP4 192.0.2.7", late, "PROXY.*=timeout"),
-                    (b"", late, 'q="" outcome=silent')]:
-                with self.subTest(data=data):
-                    self.assertEqual(server.ask(data), reply)
-                    server.wait_log(logged)
+        with self.balanced() as server, contextlib.ExitStack() as stack:
+            for data, logged in [
+                    (b"moshez\r\n", 'q="moshez.*" .*malformed'),
+                    (b"PROXY TCP4 x\r\n", "PROXY.*malformed"),
+                    (proxied("192.0.2.7")[0] * 2,
+                     "client=192.0.2.7 .*outcome=malformed")]:
+                self.assertEqual(server.ask(data), malformed)
+                server.wait_log(logged)
             for data, reply in ((b"", b""), (b"PROXY", malformed)):
-                with connect(server.address) as sock:
-                    sock.sendall(data)
+                with server.connect(data) as sock:
                     sock.shutdown(socket.SHUT_WR)
                     self.assertEqual(read_all(sock), reply)
             server.wait_log('q="PROXY" outcome=malformed')
+            late = [stack.enter_context(server.connect(data)) for data in (
+                proxied("192.0.2.7")[1][:20], b"PROXY TCP4 192.0.2.7", b"")]
+            server.wait_waiting(fingerd.READ, 3)
+            wait_until(lambda: sum(bool(handler.text) for handler in
+                       server.waiting(fingerd.READ)) == 2, "their headers")
+            server.in_loop(lambda: server.server.waiting.hurry(
+                0, fingerd.READ))
+            for sock in late:
+                self.assertEqual(read_all(sock), b"Query timed out\r\n")
+            for logged in ("QUIT.*=timeout", "PROXY.*=timeout",
+                           'q="" outcome=silent backend=- bytes=17'):
+                server.wait_log(logged)
             others = [line for line in server.log() if "192.0.2.7 " not in line
                       and "client=127.0.0.1 " not in line]
             self.assertEqual(others, [])
@@ -2194,9 +2160,10 @@ class LoopTest(unittest.TestCase):
         asked = [rates.exceeded("a", 2, now) for now in (0, 1, 2, 3, 31, 32)]
         self.assertEqual(asked, [False, False, True, True, False, True])
         self.assertFalse(rates.exceeded("b", 2, 3))
-        for n in range(fingerd.TRACKED + 10):
-            rates.exceeded(str(n), 2, 40)
-        self.assertEqual(len(rates.buckets), fingerd.TRACKED)
+        with mock.patch.object(fingerd, "TRACKED", 9):
+            for n in range(20):
+                rates.exceeded(n, 2, 40)
+        self.assertEqual([*rates.buckets], [*range(11, 20)])
 
     def test_those_that_wait_are_due_in_their_order(self):
         waiting = fingerd.Waiting()
@@ -2651,17 +2618,26 @@ class FaultsTest(ServerCase):
         return reply
 
     @mock.patch.object(fingerd, "PAUSE", 0.01)
-    def test_accept_may_fail_in_any_way(self):
-        starving = ("EMFILE", "ENFILE", "ENOBUFS", "ENOMEM")
-        for name in (*starving, "ECONNABORTED", "EPERM", "EPROTO", "ENETDOWN",
-                     "EHOSTUNREACH", "EOPNOTSUPP", "ETIMEDOUT", "EINTR",
-                     "EAGAIN"):
-            with self.subTest(error=name), serving() as server:
-                self.assertEqual(self.ask_with_fault(server, "accept", name),
-                                 HAPPY)
-                log = "\n".join(server.log())
-                self.assertEqual(log.count(" starved "), name in starving)
-                self.assertNotIn(" bug ", log)
+    def test_goes_on_whatever_call_fails(self):
+        server = self.serve()
+        for call, logged, names in [
+                ("accept", "starved", "EMFILE ENFILE ENOBUFS ENOMEM"),
+                ("accept", "", "ECONNABORTED EPERM EPROTO ENETDOWN ETIMEDOUT"
+                 " EHOSTUNREACH EOPNOTSUPP EINTR EAGAIN"),
+                ("recv", "gone", "ECONNRESET ETIMEDOUT EHOSTUNREACH ENOMEM"),
+                ("send", "gone", "EPIPE ECONNRESET ENOBUFS ENOMEM"),
+                ("shutdown", "gone", "ENOTCONN ECONNRESET"),
+                ("recv", "", "EAGAIN"), ("send", "", "EAGAIN")]:
+            for name in names.split():
+                with self.subTest(call=call, error=name):
+                    server.server.door.starved_logged = False
+                    reply = self.ask_with_fault(server, call, name)
+                    if logged != "gone":
+                        self.assertEqual(reply, HAPPY)
+        server.wait_log(" query ", 50)
+        log = "\n".join(server.log())
+        self.assertEqual([log.count(word) for word in (
+            " starved ", "=gone", "=answered", " bug ")], [4, 10, 40, 0])
 
     def test_accepts_in_vain_now_and_then_only(self):
         server = self.serve()
@@ -2685,62 +2661,40 @@ class FaultsTest(ServerCase):
         self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
         wait_until(lambda: not server.server.hosts.total, "the close")
 
-    def test_a_client_whose_calls_fail_costs_nobody_else(self):
-        gone = 0
-        server = self.serve()
-        for call, *names in [
-                ("recv", "ECONNRESET", "ETIMEDOUT", "EHOSTUNREACH", "ENOMEM",
-                 "EAGAIN"),
-                ("send", "EPIPE", "ECONNRESET", "ENOBUFS", "ENOMEM",
-                 "EAGAIN"),
-                ("shutdown", "ENOTCONN", "ECONNRESET")]:
-            for name in names:
-                with self.subTest(call=call, error=name):
-                    reply = self.ask_with_fault(server, call, name)
-                    if name == "EAGAIN":
-                        self.assertEqual(reply, HAPPY)
-                    else:
-                        gone += 1
-                        server.wait_log("outcome=gone", gone)
-        self.assertNotIn(" bug ", "\n".join(server.log()))
-
     def test_a_file_that_cannot_be_opened_is_named_with_the_reason(self):
         server = self.serve()
         path = os.path.join(os.sep, "no", "such", "file")
         settings = types.SimpleNamespace(to=path, format="text")
-        for name in ("EACCES", "EDQUOT", "EINTR", "EIO", "EISDIR", "ELOOP",
-                     "EMFILE", "ENAMETOOLONG", "ENFILE", "ENODEV", "ENOENT",
-                     "ENOMEM", "ENOSPC", "ENOTDIR", "ENXIO", "EPERM", "EROFS",
-                     "ETXTBSY"):
-            number = getattr(errno, name)
-            words = os.strerror(number).lower() + ": " + path
-            error = OSError(number, os.strerror(number), path)
-            with self.subTest(error=name):
-                with mock.patch("builtins.open", side_effect=error), \
-                        self.assertRaises(fingerd.ConfigError) as caught:
-                    fingerd.read_config(path, print)
-                self.assertIn(words, str(caught.exception))
-                with mock.patch("os.open", side_effect=error):
-                    with self.assertRaises(fingerd.StartError) as failed:
-                        fingerd.hold_pidfile(path).__enter__()
-                    self.assertIn(words, str(failed.exception))
-                    with self.assertRaises(OSError):
-                        server.server.log.open(settings)
-                self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
-        server.wait_log("outcome=answered", 18)     # the log went on
+        for name in ("EACCES", "EINTR", "EIO", "EMFILE", "ENOSPC", "EROFS"):
+            words = os.strerror(getattr(errno, name))
+            error = OSError(getattr(errno, name), words, path)
+            for opener, kind, function in (
+                    ("builtins.open", fingerd.ConfigError,
+                     lambda: fingerd.read_config(path, print)),
+                    ("os.open", fingerd.StartError,
+                     lambda: fingerd.hold_pidfile(path).__enter__()),
+                    ("os.open", OSError,
+                     lambda: server.server.log.open(settings))):
+                with self.subTest(error=name, kind=kind), mock.patch(
+                        opener, side_effect=error), self.assertRaisesRegex(
+                        kind, f"(?i){words}: '?{path}"):
+                    function()
+        self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
+        server.wait_log("outcome=answered")         # the log goes on
 
     def test_a_clock_that_is_set_changes_nothing_but_the_times(self):
         now = time.time()
-        server = self.serve("[limits]\ntimeout = 0.1\n"
+        server = self.serve("[limits]\ntimeout = 0.2\n"
                             "queries_per_minute = 60\n" + USERS)
+        silent = self.enter(server.connect())
         for clock in (now, now + 86400, now - 86400, 0, -3600, 2 ** 33):
-            with self.subTest(clock=clock), server.connect() as silent, \
-                    mock.patch("time.time", lambda clock=clock: clock):
+            with self.subTest(clock=clock), mock.patch(
+                    "time.time", lambda clock=clock: clock):
                 self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
-                self.assertEqual(read_all(silent), b"Query timed out\r\n")
                 stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ",
                                       time.gmtime(int(clock)))
                 server.wait_log(f"^{stamp} query .*outcome=answered")
+        self.assertEqual(read_all(silent), b"Query timed out\r\n")
 
     def test_threads_that_cannot_be_had_fail_only_who_needs_the_first(self):
         no_thread = mock.patch("threading.Thread.start",
@@ -6985,7 +6939,7 @@ def fuzz_config(seeded):
         raise AssertionError(f"half a config of {data!r}")
 
 
-def fuzz_round(seed, queries=300, configs=100):
+def fuzz_round(seed, queries=150, configs=50):
     """Fuzz a server and the reader of configs; AssertionError if any fails."""
     seeded = random.Random(seed)
     with serving(USERS + "[server]\nuser_list = yes\n") as server:
