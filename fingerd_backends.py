@@ -1210,13 +1210,14 @@ class AccountsBackend:
             return "No one logged on.\n"
         if verbose:
             return "\n".join(filter(None, texts.values()))
-        lines = sorted(
-            f"{login.name:14}  "
-            f"{texts[login.name].partition('Name: ')[2].strip():24}  "
-            + time.strftime("%b %e %R\n", time.localtime(login.since))
-            for login in logins)
+        lines = []
+        for login in logins:
+            name = texts[login.name].partition("Name: ")[2].strip()
+            since = time.strftime("%b %e %R", time.localtime(login.since))
+            lines.append(f"{login.name:14}  {name:24}  {since}\n")
         # rogallo makes a menu of a table with this first line.
-        return f"{'Login':14}  {'Name':24}  Login Time\n" + "".join(lines)
+        lines = [f"{'Login':14}  {'Name':24}  Login Time\n", *sorted(lines)]
+        return "".join(lines)
 
     def _items(self, client):
         """Give what is shown to a client."""
