@@ -1031,7 +1031,7 @@ class SqlBackend:
 
 # ---- accounts: lines as Debian's finger has them, byte for byte -------------
 
-# What comes from files of a user's, and the words before it.
+# What comes from a user's own files, and the words before it.
 FILES = {"forward": "Mail forwarded to ", "mail": "", "pgpkey": "PGP key:\n",
          "project": "Project:\n", "plan": "Plan:\n"}
 ITEMS = ("home", "shell", "office", "phone", "login", "from", "idle", *FILES)
@@ -1048,7 +1048,7 @@ Login = collections.namedtuple("Login", "since tty host name", defaults=[""])
 
 
 def read_records(path, layout, first=0, size=-1):
-    """Give the records of a system's file; None if there is none for us."""
+    """Give the records of a system's file; None if we cannot see it."""
     try:
         with open(path, "rb") as file:
             file.seek(first * layout.size)
@@ -1085,7 +1085,7 @@ def format_phone(number):
 
 
 def format_office(office, phone, home_phone):
-    """Give lines of one or two: office and phone, or each of them."""
+    """Give a line for each, or for two of them if they fit."""
     texts = [office and f"Office: {office}",
              phone and f"Office Phone: {format_phone(phone)}",
              home_phone and f"Home Phone: {format_phone(home_phone)}"]
@@ -1156,7 +1156,7 @@ class AccountsBackend:
     settings = (
         ("show", "text", "project plan pgpkey",
          "what is shown, some of: " + " ".join(ITEMS)),
-        ("show_local", "text", "", "the same for clients in local, besides"),
+        ("show_local", "text", "", "what clients in local are shown besides"),
         ("local", "networks", "", "networks of these clients"),
         ("uids", "text", "1000-59999", "numbers of the users to answer for"),
         ("hide_file", "path", ".nofinger", "file in a home that hides a user"),
@@ -1194,7 +1194,7 @@ class AccountsBackend:
         return text or None
 
     def user_list(self, verbose, client, timeout):
-        """Give who is logged in, for /W with all that is shown; else None."""
+        """Give who is logged in, for /W with all that is shown of each."""
         items = self._items(client)
         if "login" not in items:
             return None
@@ -1226,7 +1226,7 @@ class AccountsBackend:
         return self.show | self.show_local if local else self.show
 
     def _find(self, name):
-        """Give what may be logins of a name."""
+        """Give the logins that a name may mean."""
         if not PLAIN_NAME.fullmatch(name):
             return []
         logins = [name, name.lower()]
@@ -1261,7 +1261,7 @@ class AccountsBackend:
             return None         # the file may be there, and be out of sight
 
     def _lines(self, entry, home, items):
-        """Yield the lines of an account, and nothing for some."""
+        """Yield the lines of an account; some may be empty."""
         name, *gecos = split_gecos(entry)
         yield f"Login: {entry.pw_name:15}\t\t\tName: {name}"
         yield "\t".join(text for item, text in (
@@ -1284,7 +1284,7 @@ class AccountsBackend:
                 yield "No Plan."
 
     def _login_lines(self, entry, items):
-        """Yield a line for each login, and for a later one or the last."""
+        """Yield a line for each login, and for the last if it was later."""
         logins = [login for login in read_logins(self.utmp)
                   if login.name == entry.pw_name[:32]]
         records = read_records(self.lastlog, LASTLOG, entry.pw_uid,
