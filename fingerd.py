@@ -103,8 +103,8 @@ def format_traceback() -> str:
 # ---- Query ----------------------------------------------------------------
 
 RAW_SHARE = 4           # bytes, with telnet's, per byte of max_query
-CONTROL = re.compile(rb"[\0-\x08\x0a-\x1f\x7f]|\xc2[\x80-\x9f]")  # not TAB
-PROXY_LINE = re.compile(rb"PROXY (TCP[46]|UNKNOWN)\b")     # see PROXY header
+NO_QUERY = re.compile(  # control characters but TAB; a PROXY header
+    rb"[\0-\x08\x0a-\x1f\x7f]|\xc2[\x80-\x9f]|\APROXY (TCP[46]|UNKNOWN)\b")
 LINE_END = re.compile(rb"\n|\r\0")     # telnet sends CR NUL for a CR
 IAC, SB, SE, WILL, DONT = 255, 250, 240, 251, 254   # of telnet, see RFC 854
 
@@ -196,10 +196,8 @@ def parse_query(line: bytes | bytearray,
     user@host they are dropped: Emacs sends all of it to that host.
     Raises MalformedQuery, and nothing else.
     """
-    if CONTROL.search(line):
-        raise MalformedQuery("control character")
-    if PROXY_LINE.match(line):
-        raise MalformedQuery("PROXY line, but not from proxy_from")
+    if NO_QUERY.search(line):
+        raise MalformedQuery("control character or PROXY header")
     try:
         tokens = [token.decode() for token in line.split()]
     except UnicodeDecodeError:
@@ -208,21 +206,13 @@ def parse_query(line: bytes | bytearray,
     if len(names) > MAX_USERS:
         raise MalformedQuery("too many names")
     verbose = len(names) < len(tokens)
-    if b"@" in line:
-        return parse_hosts(names, verbose, own_names())
-    return Query(tuple(names), verbose, ())
-
-
-def parse_hosts(names: list[str], verbose: bool,
-                own_names: Container[str]) -> Query:
-    """Parse names at least one of which has an @host."""
+    own = own_names() if b"@" in line else ()
     users = []
     for name in names:
         user, *hosts = name.split("@")
         if user in ("/W", "/w"):
             raise MalformedQuery("/W is a token of its own")
-        while hosts and all(hosts) and (
-                hosts[-1].lower().rstrip(".") in own_names):
+        while hosts and all(hosts) and hosts[-1].lower().rstrip(".") in own:
             hosts.pop()
         if hosts and len(names) > 1:
             hosts = [""]        # {Q2} has one name: refuse it like a lone @
@@ -296,13 +286,12 @@ def to_wire(text: str) -> bytes:
 
 def join_replies(replies: list[Reply]) -> Reply:
     """Join the replies for several names."""
-    outcomes = {reply.outcome for reply in replies}
-    ranked = [outcome for outcome in ("failed", "answered", "unknown")
-              if outcome in outcomes]
+    outcomes = [reply.outcome for reply in replies]
+    first = min(outcomes, key=("failed", "answered", "unknown").index)
     names = dict.fromkeys(reply.backend for reply in replies
                           if reply.backend != "-")
     data = b"\r\n".join(reply.data for reply in replies)
-    return Reply(ranked[0], data, ",".join(names) or "-")
+    return Reply(first, data, ",".join(names) or "-")
 
 
 def truncate(data: bytes, limit: int) -> bytes:
@@ -1590,9 +1579,8 @@ BACKENDS["remote"] = RemoteBackend
 
 PROXY_1 = b"PROXY "
 PROXY_2 = b"\r\n\r\n\0\r\nQUIT\n"
-PORT = rb"(0|[1-9][0-9]{0,4})"
-PROXY_WORDS = re.compile(rb"PROXY (?:UNKNOWN(?: .*)?|TCP([46]) (\S+) (\S+) "
-                         + PORT + b" " + PORT + b")")
+PROXY_WORDS = re.compile(rb"PROXY (?:UNKNOWN(?: .*)?|TCP([46]) (\S+) (\S+)"
+                         rb" (0|[1-9]\d{0,4}) (0|[1-9]\d{0,4}))")
 MAX_PROXY_1 = 107       # bytes, with the CRLF
 MAX_PROXY_2 = 4096      # bytes, with extensions: what one recv() asks for
 PROXY_LOCAL, PROXY_COMMAND = 0x20, 0x21     # the 2 is the version
