@@ -7,7 +7,6 @@ Real sockets, real processes, loopback only; no root and no network needed.
 from __future__ import annotations
 
 import atexit
-import codecs
 import concurrent.futures
 import contextlib
 import encodings
@@ -16,7 +15,6 @@ import fcntl
 import functools
 import gc
 import grp
-import gzip
 import http.server
 import itertools
 import json
@@ -5390,25 +5388,26 @@ class FingerBackendTest(BackendCase):
 HEAD = b"HTTP/1.1 200 OK\r\nConnection: close\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 HOSTILE_HTML = (
-    "<", "<a", "<a ", "</", "</a", "<!", "<!--", "<!-- >", "<?", "<a b='",
-    '<a b="', "<a ====", "='\"", "<a =\"'", "<x a=''", "<script>",
-    "<script></", "</script ", "<title>x</title>", "<pre>\n", "<li>",
-    "<li> \n", "<li><p>", "<td>", "<p>", "x<br>", "&#", "&lt", "&amp", "&a",
-    " ", "\n", "\t", "\xa0", "x", "a\n", "x<", "--", "-->", "\u65e5")
+    "<", "<a", "</", "<!", "<!--", "<?", "<a b='", "<a ====", "='\"",
+    "<a =\"'", "<x a=''", "<script>", "<script></", "<pre>\n", "<li>",
+    "<li> \n", "<li><p>", "x<br>", "&#", "&a", " ", "\n", "\t", "\xa0", "x",
+    "x<", "--", "\u65e5")
 
 
 class WebBackendTest(BackendCase):
 
-    def make_web(self, origin, **options):
-        if origin is not None:
-            options.setdefault("url", origin.url + "/~{user}")
-        return self.make(WebBackend, **options)
+    def make_web(self, url, **options):
+        return self.make(WebBackend, url=url, **options)
+
+    def start_web(self, pages=None, tls=None, **options):
+        """Start an origin; give it, and a backend for its /~{user}."""
+        origin = self.start_origin(pages, tls=tls)
+        return origin, self.make_web(origin.url + "/~{user}", **options)
 
     def check_answers(self, table, **options):
         """Check a table of (page, answer or failure)."""
-        origin = self.start_origin({
-            f"/~{number}": page for number, (page, _) in enumerate(table)})
-        backend = self.make_web(origin, **options)
+        _, backend = self.start_web({f"/~{number}": page for number, (
+            page, _) in enumerate(table)}, **options)
         for number, (page, answer) in enumerate(table):
             with self.subTest(str(page)[:200]):
                 self.assert_answer(answer, self.ask, backend, str(number))
@@ -5423,18 +5422,12 @@ class WebBackendTest(BackendCase):
 
     def answer_names_with(self, function):
         """Stand in for the name service, and for names in .invalid only."""
-        real = socket.getaddrinfo
-
-        def getaddrinfo(host, *args, **options):
-            answer = function if host.endswith(".invalid") else real
-            return answer(host, *args, **options)
-
+        def getaddrinfo(host, *args, real=socket.getaddrinfo, **options):
+            if not host.endswith(".invalid"):
+                return real(host, *args, **options)
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))
+                    for address in function(host)]
         self.enter(mock.patch("socket.getaddrinfo", getaddrinfo))
-
-    def answer_names_by(self, *addresses):
-        self.answer_names_with(lambda *args, **options: [
-            (socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 0))
-            for host in addresses])
 
     # -- what it asks for
 
@@ -5451,7 +5444,7 @@ class WebBackendTest(BackendCase):
                     "%2E%2e", "a%2f..", "..;x"))},
                 "/.{user}/plan": {"..": "/.../plan", ".": None, "./x": None,
                                   "%2e": None}}.items():
-            backend = self.make_web(None, url=origin.url + url, pattern=".*")
+            backend = self.make_web(origin.url + url, pattern=".*")
             for name, path in table.items():
                 with self.subTest(url=url, name=name):
                     self.assertIsNone(self.ask(backend, name))
@@ -5459,7 +5452,7 @@ class WebBackendTest(BackendCase):
                     origin.asked.clear()
         self.assertEqual(origin.headers["User-Agent"], "fingerd/1.0")
         self.assertEqual(origin.headers["Accept-Encoding"], "identity")
-        self.ask(self.make_web(None, prefix=origin.url + "/users/"), "alice")
+        self.ask(self.make(WebBackend, prefix=origin.url + "/users/"), "alice")
         self.assertEqual(origin.asked, ["/users/alice"])
 
     def test_complains_of_bad_settings(self):
@@ -5486,21 +5479,9 @@ class WebBackendTest(BackendCase):
              "pattern: is empty; write e.g. [a-z]+")))
         for url in ("https://[::1]:8080/{user}?a=b", "http://a/{user}{user}",
                     "http://a-b.c:1?{user}"):
-            self.make_web(None, url=url)
+            self.make_web(url)
 
     # -- what it makes of an answer
-
-    def test_status_decides_between_unknown_and_failure(self):
-        self.check_answers([
-            ((status, {}, b""), reason and OSError(f"/~[0-9]+: {reason}$"))
-            for status, reason in (
-                (404, None), (410, None), (204, "204 No Content"),
-                (206, "206 Partial Content"), (403, "403 Forbidden"),
-                (500, "500 Internal Server Error"))])
-        origin = self.start_origin()
-        backend = self.make_web(origin, index=origin.url + "/list")
-        self.assert_fails(f"^GET {origin.url}/list: there is no such page$",
-                          self.list, backend)
 
     def test_makes_text_of_html(self):
         for page, text in (
@@ -5518,11 +5499,9 @@ class WebBackendTest(BackendCase):
                  "a  b\n c\n\nd\n\ne f\n"),
                 ("<table><tr><th>a</th><td>b</td></tr><tr><td>c <td> d</table>"
                  "e", "a\tb\nc\td\n\ne\n"),
-                ("<script>if (a<b) '</p>'</script>a<STYLE>p{}</Style>b",
-                 "ab\n"),
-                ("<script>" + "</b> <p>" * 999 + "</scripts></SCRIPT >a",
-                 "a\n"),
-                ("a<script>never closed <p>b", "a\n"),
+                ("<script>if (a<b) '</p>'</script>a<STYLE>p{}</Style>b"
+                 "<script>" + "</b> <p>" * 999 + "</scripts></SCRIPT >c"
+                 "<script>never closed <p>d", "abc\n"),
                 ("a<!-- <p>x</p> -- > -->b<!-->c<!--->d<!-- never > closed",
                  "abcd\n"),
                 ("<!DOCTYPE html><?xml version='1.0'?>a</>b</ x>c", "abc\n"),
@@ -5531,41 +5510,34 @@ class WebBackendTest(BackendCase):
                 ("<a href=it's>link</a> it's", "link it's\n"),
                 ("1 < 2 <= 3 <3 & 4 &lt;b&gt; <<b>",
                  "1 < 2 <= 3 <3 & 4 <b> <\n"),
-                ("&eacute;&#233;&#xe9;&nbsp;&nbsp;x&bogus;&#1;&amp",
-                 "\u00e9\u00e9\u00e9  x&bogus;&\n"),
-                ("&#" + "9" * 300 + ";x&#x" + "9" * 300 + ";",
-                 "\ufffdx\ufffd\n"),
+                ("&eacute;&#233;&#xe9;&nbsp;&nbsp;x&bogus;&#1;&#" + "9" * 300
+                 + ";&amp", "\u00e9\u00e9\u00e9  x&bogus;\ufffd&\n"),
                 # No reference is cut where a long text is.
                 ("x" + "&eacute;" * 5000, "x" + "\u00e9" * 5000 + "\n"),
                 ("x " * 9999, ("x " * 9999).strip() + "\n"),
-                ("</ul></li></pre></p>a</div>", "a\n"),
-                ("a<div><div><p></div>\n\n\n<p><p>b", "a\n\nb\n"),
-                ("a<p", "a\n"), ("a<p title='x", "a\n"),
-                ("a<p title='", "a\n"), ("<", "<\n"), ("  \n ", ""), ("", "")):
+                ("</ul></li></pre></p>a</div><div><p></div>\n\n<p>b",
+                 "a\n\nb\n"),
+                *((f"a{end}", "a\n") for end in ("<p", "<p b='", "<p b='x")),
+                ("<", "<\n"), ("  \n ", ""), ("", "")):
             with self.subTest(page[:99]):
                 self.assertEqual(fingerd_backends.html_text(page), text)
 
-    def test_hostile_html_takes_no_longer_than_other_html(self):
+    def test_hostile_html_takes_no_longer_and_no_memory(self):
+        self.addCleanup(tracemalloc.stop)
         for piece, start in itertools.product(HOSTILE_HTML, ("", "<pre>")):
             page = (start + piece * 2 ** 14)[:2 ** 14]
             begin = time.process_time()
             fingerd_backends.html_text(page)
             self.assertLess(time.process_time() - begin, 0.2, page[:99])
-
-    def test_hostile_html_takes_no_memory(self):
-        self.addCleanup(tracemalloc.stop)
-        for piece in HOSTILE_HTML:
-            page = (piece * 2 ** 13)[:2 ** 13]
             tracemalloc.start()
-            fingerd_backends.html_text(page)
+            fingerd_backends.html_text(page[:2 ** 12])
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
-            self.assertLess(peak, 100 * 2 ** 13, piece)
+            self.assertLess(peak, 200 * 2 ** 12, page[:99])
 
     def test_what_is_hostile_stops_no_other_thread(self):
         size = 2 ** 18
-        for piece in ("<", "<!--", "<script>", "<a ====", "<a b='", "x", " ",
-                      "--", "\u65e5"):
+        for piece in ("<", "<!--", "<script>", "<a ====", "x", " ", "\u65e5"):
             self.assert_piece(0.002, fingerd_backends.html_text,
                               (piece * size)[:size])
         for codec in ("utf_8_sig", "gb18030"):      # 0.06 s in all
@@ -5597,30 +5569,26 @@ class WebBackendTest(BackendCase):
         self.assertLess(times[1], limit, repr(args)[:99])
 
     def test_turns_one_page_at_a_time_into_text(self):
-        backend = self.make_web(self.start_origin({
-            "/~x": text_page("hi\n"), "/~y": drip(HEAD + b"\r\n")}))
-        with WebBackend.turn, concurrent.futures.ThreadPoolExecutor() as pool:
-            future = pool.submit(self.ask, backend, "x")
-            with self.assertRaises(concurrent.futures.TimeoutError):
-                future.result(0.1)
-            WebBackend.turn.release()
-            self.assertEqual(future.result(HANG), "hi\n")
-            # A page that is late is not in the way of others.
-            late = pool.submit(self.ask, backend, "y", False, 0.3)
-            self.assertEqual(self.ask(self.make_web(None, url=(
-                backend.template)), "x"), "hi\n")
-            self.assertIsInstance(late.exception(HANG), TimeoutError)
-            WebBackend.turn.acquire()
-            with mock.patch.object(fingerd_backends, "make_text") as make_text:
-                late = pool.submit(self.ask, backend, "z", False, 0.05)
-                self.assertIsNone(late.result(HANG))
-            make_text.assert_not_called()
+        origin, backend = self.start_web({
+            "/~x": text_page("hi\n"), "/~y": drip(HEAD + b"\r\n")}, cache=0.0)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            with WebBackend.turn:
+                x = pool.submit(self.ask, backend, "x")
+                with self.assertRaises(concurrent.futures.TimeoutError):
+                    x.result(0.1)
+            self.assertEqual(x.result(HANG), "hi\n")
+            # A page that is slow to come is not in the way of others.
+            y = pool.submit(self.ask, backend, "y")
+            wait_until(lambda: "/~y" in origin.asked, "the first bytes")
+            for _ in range(3):
+                self.assertEqual(self.ask(backend, "x"), "hi\n")
+            self.assertFalse(y.done())
+            origin.leaving.set()
+            self.assertRegex(y.result(HANG), "^x*$")
 
     def test_honours_the_charset(self):
         plain, html = "text/plain; charset=", "text/html; charset="
         meta = b"<meta charset=%s>"
-        long_meta = (b"<meta http-equiv='Content-Type' content="
-                     b"'text/html; charset=koi8-r'>")
         kept: Any = vars(encodings)["_cache"]   # every name ever looked up
         before = len(kept)
         for kind, page, text in (
@@ -5632,12 +5600,11 @@ class WebBackendTest(BackendCase):
                 (plain + "us-ascii", b"h\xe9\n", "h\u00e9\n"),
                 (plain + "ISO-8859-15", b"\xa4\n", "\u20ac\n"),
                 (plain + "Windows-1251", b"\xcf\n", "\u041f\n"),
-                (plain + "KOI8-R", b"\xf0\n", "\u041f\n"),
                 (plain + "Shift_JIS", b"\x93\xfa\n", "\u65e5\n"),
-                (plain + "gb2312", b"\xc8\xd5\n", "\u65e5\n"),
                 (html + "koi8-r", meta % b"cp1251" + b"\xf0", "\u041f\n"),
                 ("text/html", meta % b"'windows-1251'" + b"\xcf", "\u041f\n"),
-                ("text/html", long_meta + b"\xf0", "\u041f\n"),
+                ("text/html", b"<meta http-equiv='Content-Type' content="
+                 b"'text/html; charset=koi8-r'>\xf0", "\u041f\n"),
                 ("text/html", meta % b"UTF-16" + b"x", "x\n"),
                 ("text/html", b" " * 1024 + meta % b"koi8-r" + b"\xf0",
                  "\\xf0\n"),
@@ -5646,9 +5613,8 @@ class WebBackendTest(BackendCase):
                 # What is not a charset of text is read as UTF-8.
                 *((f'{plain}"{name}"', b"h\xc3\xa9\\x\xff", "h\u00e9\\x\\xff")
                   for name in (
-                    "hex", "idna", "punycode", "unicode_escape", "utf-7",
-                    "undefined", "nonsense", "x" * 300, "../os", "'", "%s",
-                    ";" * 60000))):
+                    "hex", "idna", "unicode_escape", "utf-7", "undefined",
+                    "nonsense", "x" * 300, "../os", "'", ";" * 60000))):
             with self.subTest(kind[:99], page=page):
                 begin = time.process_time()
                 is_html = kind.startswith(html[:9])
@@ -5658,37 +5624,37 @@ class WebBackendTest(BackendCase):
                     fingerd_backends.html_text if is_html else str), text)
                 self.assertLess(time.process_time() - begin, 0.5)
         self.assertEqual(len(kept), before)
-
-    def test_every_charset_is_one_of_text(self):
-        self.assertEqual(len(fingerd_backends.CODECS), 38)
         for name in fingerd_backends.CODECS.values():
-            with self.subTest(name):
-                self.assertEqual(type("x\n".encode(name).decode(name)), str)
-                self.assertIsNotNone(codecs.getincrementaldecoder(name))
+            self.assertEqual("x\n".encode(name).decode(name), "x\n")
 
-    def test_headers_decide_what_is_text(self):
-        bomb = gzip.compress(bytes(10 ** 7))
+    def test_status_and_headers_decide_what_is_an_answer(self):
+        origin, backend = self.start_web()
+        backend.index = origin.url + "/list"
+        self.assert_fails(f"^GET {origin.url}/list: there is no such page$",
+                          self.list, backend)
         self.check_answers([
-            ((200, {"Content-Type": "text/plain", name: value}, body), answer)
-            for name, value, body, answer in (
-                ("Content-Type", "text/plain; charset=koi8-r", b"\xf0",
-                 "\u041f"),
-                ("Content-Type", "text/html", b"<meta charset=koi8-r>\xf0",
-                 "\u041f\n"),
-                *(("Content-Type", kind, b"<b>", "<b>") for kind in (
-                    "text/plain", "text/markdown", "text/x-anything; a=b",
+            *(((status, {}, b""), reason and OSError(f"/~[0-9]+: {reason}$"))
+              for status, reason in (
+                (404, None), (410, None), (204, "204 No Content"),
+                (206, "206 Partial Content"), (403, "403 Forbidden"),
+                (500, "500 Internal Server Error"))),
+            *(((200, {"Content-Type": kind}, body), answer)
+              for kind, body, answer in (
+                ("text/plain; charset=koi8-r", b"\xf0", "\u041f"),
+                ("text/html", b"<meta charset=koi8-r>\xf0", "\u041f\n"),
+                *((kind, b"<b>", "<b>") for kind in (
+                    "text/markdown", "text/x-anything; a=b",
                     "application/json", "application/ld+json",
                     "application/xml")),
-                *(("Content-Type", kind, b"<b>", "") for kind in (
-                    "text/html", "application/xhtml+xml", "TEXT/HTML")),
-                *(("Content-Type", kind, b"<b>", OSError(
-                    f': its type "{kind}" is not text$')) for kind in (
-                        "image/png", "application/octet-stream",
-                        "application/jsonx")),
-                *(("Content-Encoding", coding, bomb, OSError(
-                    f'its encoding "{coding.lower()}" was not asked for$'))
-                  for coding in ("GZIP", "br", "identity, gzip")),
-                ("Content-Encoding", "Identity", b"hi\n", "hi\n"))])
+                ("application/xhtml+xml", b"<b>", ""),
+                ("TEXT/HTML", b"<b>", ""),
+                *((kind, b"<b>", OSError(f': its type "{kind}" is not text$'))
+                  for kind in ("image/png", "application/octet-stream",
+                               "application/jsonx")))),
+            *(((200, {"Content-Encoding": coding}, b"hi\n"), OSError(
+                f'its encoding "{coding.lower()}" was not asked for$'))
+              for coding in ("GZIP", "br", "identity, gzip")),
+            ((200, {"Content-Encoding": "Identity"}, b"hi\n"), "hi\n")])
 
     def test_a_reply_that_ends_early_or_is_not_http_is_a_failure(self):
         early = OSError("/~[0-9]+: the answer ended early$")
@@ -5699,67 +5665,53 @@ class WebBackendTest(BackendCase):
             (HEAD + b"\r\n", ""),
             (HEAD + b"Content-Length: 0\r\n\r\nmore", ""),
             (b"HTTP/1.1 100 Continue\r\n\r\n" + HEAD + b"\r\nhi\n", "hi\n"),
-            (b"HTTP/1.0 200 OK\r\nContent-Length: x\r\n\r\nhi\n", "hi\n"),
             (HEAD + b"Content-Length: 9\r\n\r\nhi\n", early),
             (HEAD + b"Content-Length: 9\r\n\r\n", early),
             (CHUNKED + b"3\r\nhi\n\r\n", early),
-            (CHUNKED + b"9\r\nhi\n", early),
             (CHUNKED + b"what\r\n", early),
             (b"", OSError(": Remote end closed connection")),
             (b"SSH-2.0-OpenSSH_9.2\r\n", OSError(": BadStatusLine: ")),
             (b"HTTP/1.0 9999 OK\r\n\r\n", OSError(": BadStatusLine: ")),
-            (b"x" * 65537, OSError(": LineTooLong: ")),
-            (b"HTTP/1.0 200 OK\r\n" + b"A: b\r\n" * 200 + b"\r\n",
-             OSError(": HTTPException: ")))])
+            (b"x" * 65537, OSError(": LineTooLong: ")))])
 
     # -- what an answer may cost
 
     @mock.patch.object(fingerd_backends.BoundedFile, "left", 2 ** 15)
     def test_an_answer_without_end_is_cut_and_costs_no_more(self):
-        line = b"0123456789\n" * 1000
+        line, end = b"0123456789", "[truncated]\n"
+        lines, cut = b"0123456789\n" * 1000, "0123456789\n" * 9 + end
         many = OSError(": headers, chunk sizes or trailers are too long$")
-        cut = "0123456789\n" * 9 + "[truncated]\n"
+        html = HEAD + b"Content-Type: text/html\r\n\r\n"
         table = [(raw(head, then=then), answer) for head, then, answer in (
-            (HEAD + b"\r\n", line, cut),
-            (HEAD + b"Content-Length: %d\r\n\r\n" % 10 ** 12, line, cut),
-            (HEAD + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", line,
-             cut),
-            (CHUNKED, b"2af8\r\n" + line + b"\r\n", cut),
-            # Chunks of strange sizes, small ones, and what is around them.
-            *((CHUNKED + size + b"\r\n", line, cut)
-              for size in (b"f" * 999, b"0xfff_fff", b"+fffff")),
+            (HEAD + b"\r\n", lines, cut),
+            (HEAD + b"\r\n", b"x" * 101, "x" * 100 + "\n" + end),
+            (html + b"<p>", line + b"<br>", "0123456789\n" * 7 + end),
+            (html, b"<em>", "\n" + end),
+            (CHUNKED, b"2af8\r\n" + lines + b"\r\n", cut),
             (CHUNKED, b"1;%s\r\nx\r\n" % (b"y" * 1999), many),
             (CHUNKED, b"0" * 999, many),
-            (CHUNKED + b"1;", b"x" * 999, many),
             (CHUNKED + b"0\r\n", b"A: b\r\n" * 999, many),
-            (CHUNKED + b"0\r\n", line[:10], many),
-            (b"HTTP/1.1 200 ", line[:10], many),
-            (HEAD, line[:10], many),
+            (b"HTTP/1.1 200 ", line, many),
             (HEAD, b"A: %s\r\n" % (b"b" * 9999), many),
             (HEAD, b"A: b\r\n", OSError("HTTPException")),
             (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 999, many))]
+        self.check_answers(table, max_output=100)
         self.assertLess(fingerd_backends.AROUND, 2 ** 18)
+        heads = (HEAD + b"Content-Length: %d\r\n\r\n" % 10 ** 12, *(
+            CHUNKED + size + b"\r\n" for size in (
+                b"f" * 999, b"0xfff_fff", b"-1", b" -1", b"-0x1", b"-1_0",
+                b"-" + b"f" * 999)))
+        _, backend = self.start_web({
+            f"/~{number}": raw(head, then=lines)
+            for number, head in enumerate(heads)}, max_output=100)
         tracemalloc.start()
         self.addCleanup(tracemalloc.stop)
-        self.check_answers(table, max_output=100)
-        # Python 3.8 and 3.9 take these for sizes.
-        for size in (b"-1", b" -1", b"-0x1", b"-1_0", b"-" + b"f" * 999):
-            backend = self.make_web(self.start_origin({
-                "/~x": raw(CHUNKED + size + b"\r\n", then=line)}),
-                max_output=100)
-            with self.subTest(size), contextlib.suppress(OSError):
-                self.assertEqual(self.ask(backend, "x"), cut)
+        for number, head in enumerate(heads):
+            # Newer Pythons refuse a negative size.
+            with self.subTest(head), contextlib.suppress(
+                    OSError if b"-" in head[len(CHUNKED):] else TypeError):
+                self.assertEqual(self.ask(backend, str(number)), cut)
         self.assertLess(tracemalloc.get_traced_memory()[1], 2 ** 20)
-
-    def test_cuts_a_page_at_a_line(self):
-        line, end = "0123456789\n", "[truncated]\n"
-        html = {"Content-Type": "text/html"}
-        self.check_answers([
-            (text_page(line * 1000), line * 9 + end),
-            (text_page("x" * 101), "x" * 100 + "\n" + end),
-            (text_page("x" * 100), "x" * 100),
-            ((200, html, b"<p>" + b"0123456789<br>" * 99), line * 7 + end),
-            ((200, html, b"<em>" * 40), "\n" + end)], max_output=100)
 
     def test_no_stage_of_an_exchange_outlasts_the_deadline(self):
         def silent_later(handler):
@@ -5775,14 +5727,8 @@ class WebBackendTest(BackendCase):
         stages: dict[str, Any] = {
             "connect": {"url": f"http://127.0.0.1:{port}"},
             "silence": {"page": silent},
-            "status": {"page": drip(b"HTTP")},
             "headers": {"page": drip(HEAD, b"A: b\r\n")},
-            "continue": {"page": drip(b"", b"HTTP/1.1 100 Go on\r\n\r\n")},
             "body": {"page": drip(HEAD + b"\r\n")},
-            "length": {"page": drip(HEAD + b"Content-Length: 9999\r\n\r\n")},
-            "chunks": {"page": drip(CHUNKED, b"1\r\nx\r\n")},
-            "trailer": {"page": drip(CHUNKED + b"0\r\n", b"A: b\r\n")},
-            "redirect": {"page": drip(found)},
             "redirects": {"page": raw(found, b"\r\n", pause=0.1)},
             "TLS": {"tls": tls, "greet": drip(b"\x16\x03\x03\x40\0", b"\2")},
             "over TLS": {"tls": tls, "page": drip(HEAD + b"\r\n")},
@@ -5791,8 +5737,7 @@ class WebBackendTest(BackendCase):
                 "page": (302, {"Location": "/~y"}, b"")},
             "slow TLS": {"tls": tls, "greet": slow, "page": silent},
             "proxy": {"tunnel": drip(b"HTTP/1.0 200 OK\r\n", b"A: b\r\n")},
-            "slow proxy": {"tunnel": late},
-            "behind a proxy": {"tunnel": tls, "page": drip(HEAD)}}
+            "slow proxy": {"tunnel": late}}
         jobs = [self.make_stage(**stage) for stage in stages.values()]
         for name, (error, seconds) in zip(stages, in_threads(jobs)):
             with self.subTest(name):
@@ -5806,7 +5751,7 @@ class WebBackendTest(BackendCase):
         url = url or origin.url
         if "tunnel" in options:
             os.environ["https_proxy"], url = url, "https://test.invalid"
-        backend = self.make_web(None, url=url + "/~{user}")
+        backend = self.make_web(url + "/~{user}")
         os.environ.pop("https_proxy", None)
 
         def ask():
@@ -5828,7 +5773,8 @@ class WebBackendTest(BackendCase):
 
         shares: list[int] = []
         self.enter(mock.patch("socket.create_connection", connect))
-        self.answer_names_by("127.0.0.3", "127.0.0.2", "127.0.0.1")
+        self.answer_names_with(
+            lambda host: ("127.0.0.3", "127.0.0.2", "127.0.0.1"))
         with socket.create_server(("127.0.0.1", 0)) as server:
             address = "test.invalid", server.getsockname()[1]
             with fingerd_backends.dial(address, 60) as sock:
@@ -5841,15 +5787,14 @@ class WebBackendTest(BackendCase):
         self.addCleanup(release.set)
         origin = self.start_origin({"/~x": text_page("hi\n")})
 
-        def hang(host, *args, **options):
+        def hang(host):
             asked.append(host)
-            if not release.wait(HANG):
-                raise AssertionError("not released")
-            return [(2, 1, 6, "", ("127.0.0.1", 0))]
+            release.wait(HANG)
+            return ["127.0.0.1"]
 
         self.answer_names_with(hang)
         url = f"http://test.invalid:{origin.port}/~"
-        backend = self.make_web(None, prefix=url)
+        backend = self.make_web(url + "{user}")
         with concurrent.futures.ThreadPoolExecutor() as pool:
             first = pool.submit(self.ask, backend, "x", False, 0.01)
             wait_until(lambda: asked, "the first to ask")
@@ -5865,33 +5810,33 @@ class WebBackendTest(BackendCase):
     def test_a_name_without_address_is_a_failure_with_a_reason(self):
         self.answer_names_with(mock.Mock(side_effect=socket.gaierror(
             socket.EAI_NONAME, "Name not known")))
-        backend = self.make_web(None, url="http://test.invalid/{user}")
+        backend = self.make_web("http://test.invalid/{user}")
         self.assert_fails("^GET http://test.invalid/x: Name not known$",
                           self.ask, backend, "x")
 
     def test_follows_redirects_on_the_same_host_or_to_those_named(self):
         port = self.start_origin({"/~x": text_page("other port\n")}).port
-        origin = self.start_origin({"/there": text_page("hi\n")})
+        origin, backend = self.start_web({"/there": text_page("hi\n")},
+                                         cache=0.0)
         own = origin.port
-        backend = self.make_web(origin, cache=0.0)
-        named, other = (self.make_web(origin, redirect_hosts=(host,))
-                        for host in ("localhost", "example.org"))
+        named, other = (
+            self.make_web(backend.template, redirect_hosts=(host,))
+            for host in ("localhost", "example.org"))
         refused = OSError('redirected to ".*", which is not allowed$')
         table = [
             *((backend, location, 302, answer) for location, answer in (
-                ("/there", "hi\n"), ("there", "hi\n"), ("?x#y", None),
+                ("there", "hi\n"), ("?x#y", None),
                 (origin.url + "/there", "hi\n"),
-                (f"//127.0.0.1:{own}/there", "hi\n"), ("/nowhere", None),
+                (f"//127.0.0.1:{own}/there", "hi\n"),
                 ("/h\xe9", OSError("UnicodeEncodeError: ")),
                 ("/x y", OSError("InvalidURL: ")),
-                ("http://[/", OSError("ValueError: ")),
-                ("http://127.0.0.1:x/", OSError("ValueError: ")))),
+                ("http://[/", OSError("ValueError: ")))),
             *((backend, location, 302, refused) for location in (
                 f"http://localhost:{own}/there", f"http://127.0.0.1:{port}/~x",
                 "http://127.0.0.1:22/", "http://127.0.0.1@localhost/there",
                 f"http://me@127.0.0.1:{own}/there", "http://[::1]/",
-                "file:///etc/passwd", "ftp://127.0.0.1/x", "data:text/plain,x",
-                "javascript:alert(1)")),
+                "file:///etc/passwd", "ftp://127.0.0.1/x",
+                "data:text/plain,x")),
             *((backend, "/there", status, "hi\n")
               for status in (301, 303, 307, 308)),
             (named, f"http://LOCALHOST:{own}/there", 302, "hi\n"),
@@ -5904,11 +5849,10 @@ class WebBackendTest(BackendCase):
                 self.assert_answer(answer, self.ask, asked, "x")
 
     def test_redirects_have_an_end(self):
-        origin = self.start_origin({
+        origin, backend = self.start_web({
             f"/~{number}": (302, {"Location": f"/~{number + 1}"}, b"")
             for number in range(9)})
         origin.pages.update({"/~9": text_page("hi\n"), "/~x": (302, {}, b"")})
-        backend = self.make_web(origin)
         self.assertEqual(self.ask(backend, "4"), "hi\n")
         for user in "3x":
             self.assert_fails("more than 5 redirects$", self.ask, backend,
@@ -5916,29 +5860,28 @@ class WebBackendTest(BackendCase):
         self.assertEqual(origin.asked.count("/~x"), 6)
 
     def test_tls_is_verified_and_never_left(self):
-        tls = self.trust_test_cert()
         plain = self.start_origin({"/there": text_page("plain\n")})
-        secure = self.start_origin({
+        secure, backend = self.start_web({
             "/~x": text_page("hi\n"), "/there": text_page("safe\n"),
             "/~other": (302, {"Location": plain.url + "/there"}, b""),
-            "/~same": (302, {"Location": "/there"}, b"")}, tls=tls)
+            "/~same": (302, {"Location": "/there"}, b"")},
+            tls=self.trust_test_cert())
         secure.pages["/~down"] = (302, {
             "Location": f"http://127.0.0.1:{secure.port}/there"}, b"")
-        backend = self.make_web(secure)
         for user, answer in (("x", "hi\n"), ("same", "safe\n"),
                              ("other", OSError("not allowed$")),
                              ("down", OSError("not allowed$"))):
             self.assert_answer(answer, self.ask, backend, user)
-        self.answer_names_by("127.0.0.1")
+        self.answer_names_with(lambda host: ["127.0.0.1"])
         for name, answer in (
                 ("test", "hi\n"),
                 ("other", OSError("(?i)hostname mismatch|certificate"))):
             backend = self.make_web(
-                None, url=f"https://{name}.invalid:{secure.port}/~{{user}}")
+                f"https://{name}.invalid:{secure.port}/~{{user}}")
             self.assert_answer(answer, self.ask, backend, "x")
         os.environ["SSL_CERT_FILE"] = os.devnull
-        backend = self.make_web(secure)
-        self.assert_fails("(?i)certificate.verify", self.ask, backend, "x")
+        self.assert_fails("(?i)certificate.verify", self.ask,
+                          self.make_web(secure.url + "/~{user}"), "x")
         self.assertEqual(plain.asked, [])
         self.assertEqual(secure.asked, ["/~x", "/~same", "/there", "/~other",
                                         "/~down", "/~x"])
@@ -5949,37 +5892,34 @@ class WebBackendTest(BackendCase):
             "/~x": text_page("by tunnel\n")}, tunnel=self.trust_test_cert())
         os.environ.update(http_proxy=proxy.url, https_proxy=proxy.url)
         for scheme, text in (("http", "by proxy\n"), ("https", "by tunnel\n")):
-            backend = self.make_web(None, url=scheme
-                                    + "://test.invalid/~{user}")
+            backend = self.make_web(scheme + "://test.invalid/~{user}")
             self.assertEqual(self.ask(backend, "x"), text)
         self.assertEqual(proxy.asked, ["http://test.invalid/~x",
                                        "CONNECT test.invalid:443", "/~x"])
 
     # -- keeping answers
 
-    def pass_time(self, backend, origin, seconds):
+    def pass_time(self, backend, seconds):
         """Have all pages that are known be older."""
         for user in "xy":
-            page = backend.find_page(f"{origin.url}/~{user}")
+            page = backend.find_page(backend.template.replace("{user}", user))
             page.until -= seconds
             page.stale_until -= seconds
 
     def test_keeps_answers_for_a_while_unknown_users_too(self):
-        origin = self.start_origin({"/~x": text_page("hi\n")})
-        backend = self.make_web(origin, cache=60.0)
+        origin, backend = self.start_web({"/~x": text_page("hi\n")})
         for _ in range(2):
             for _ in range(3):
                 self.assertEqual(self.ask(backend, "x"), "hi\n")
                 self.assertIsNone(self.ask(backend, "y"))
             self.assertEqual(origin.asked, ["/~x", "/~y"])
-            self.pass_time(backend, origin, 30)
+            self.pass_time(backend, 30)     # of 60
         origin.pages = {"/~y": text_page("here now\n")}
         self.assertIsNone(self.ask(backend, "x"))
         self.assertEqual(self.ask(backend, "y"), "here now\n")
 
     def test_keeps_nothing_when_told_so(self):
-        origin = self.start_origin({"/~x": text_page("hi\n")})
-        backend = self.make_web(origin, cache=0.0)
+        origin, backend = self.start_web({"/~x": text_page("hi\n")}, cache=0.0)
         for _ in range(2):
             self.assertEqual(self.ask(backend, "x"), "hi\n")
         origin.pages["/~x"] = (500, {}, b"")
@@ -5988,18 +5928,16 @@ class WebBackendTest(BackendCase):
         self.assertEqual(len(origin.asked), 4)
 
     def test_asks_once_for_many_clients_at_the_same_moment(self):
+        def page(handler):
+            wait_until(lambda: len(asking) == 8, "all to ask")
+            handler.wfile.write(b"HTTP/1.0 %d x\r\n\r\nhi\n" % status)
+
         for status, cache, answer in (
                 (200, 60.0, "hi\n"), (200, 0.0, "hi\n"), (404, 60.0, None),
                 (500, 60.0, "OSError"), (500, 0.0, "OSError")):
             with self.subTest(status, cache=cache):
                 asking: list[str] = []
-
-                def page(handler, status=status, asking=asking):
-                    wait_until(lambda: len(asking) == 8, "all to ask")
-                    handler.wfile.write(b"HTTP/1.0 %d x\r\n\r\nhi\n" % status)
-
-                origin = self.start_origin({"/~x": page})
-                backend = self.make_web(origin, cache=cache)
+                origin, backend = self.start_web({"/~x": page}, cache=cache)
                 backend.find_page = lambda url, asking=asking, find=(
                     backend.find_page): asking.append(url) or find(url)
                 results = in_threads([
@@ -6024,9 +5962,8 @@ class WebBackendTest(BackendCase):
             with self.subTest(first=first, user=user, second=second), \
                     concurrent.futures.ThreadPoolExecutor() as pool:
                 go = threading.Event()
-                origin = self.start_origin({"/~x": silent_first,
-                                            "/~y": text_page("hi\n")})
-                backend = self.make_web(origin)
+                origin, backend = self.start_web({
+                    "/~x": silent_first, "/~y": text_page("hi\n")})
                 pool.submit(self.ask, backend, "x", False, first)
                 wait_until(lambda: origin.asked, "the first to ask")
                 self.assert_answer(answer, self.ask, backend, user, False,
@@ -6034,12 +5971,11 @@ class WebBackendTest(BackendCase):
                 go.set()
 
     def test_gives_an_old_answer_while_the_origin_fails(self):
-        origin = self.start_origin({"/~x": text_page("hi\n")})
-        backend = self.make_web(origin, cache=60.0, stale=3600.0)
+        origin, backend = self.start_web({"/~x": text_page("hi\n")})
         self.assertEqual(self.ask(backend, "x"), "hi\n")
         self.assertIsNone(self.ask(backend, "y"))
-        origin.pages = {"/~x": (503, {}, b""), "/~y": (503, {}, b"")}
-        self.pass_time(backend, origin, 60)
+        origin.pages = dict.fromkeys(("/~x", "/~y"), (503, {}, b""))
+        self.pass_time(backend, 60)
         for _ in range(2):      # each tries again
             self.assertEqual(self.ask(backend, "x"), "hi\n")
             self.assertIsNone(self.ask(backend, "y"))
@@ -6051,17 +5987,16 @@ class WebBackendTest(BackendCase):
         with self.takes(0.1, PROMPT):       # in half of the time
             self.assertEqual(self.ask(backend, "x", False, 0.2), "hi\n")
         origin.pages["/~x"] = (503, {}, b"")
-        self.pass_time(backend, origin, 3500)
+        self.pass_time(backend, 3500)
         self.assertEqual(self.ask(backend, "x"), "hi\n")
-        self.pass_time(backend, origin, 100)
+        self.pass_time(backend, 100)
         self.assert_fails("503", self.ask, backend, "x")
         origin.pages = {"/~x": text_page("back\n")}
         self.assertEqual(self.ask(backend, "x"), "back\n")
 
     @mock.patch.object(fingerd_backends, "MAX_PAGES", 2)
     def test_forgets_what_was_asked_for_least(self):
-        origin = self.start_origin()
-        backend = self.make_web(origin)
+        origin, backend = self.start_web()
         for user in "xyxzxy":
             self.ask(backend, user)
         self.assertEqual(origin.asked, ["/~x", "/~y", "/~z", "/~y"])
@@ -6071,20 +6006,19 @@ class WebBackendTest(BackendCase):
     @mock.patch.object(WebBackend, "tls", None)
     @mock.patch.dict(fingerd_backends.known_addresses)
     def test_looks_hosts_up_before_a_chroot_and_never_after(self):
-        def find(host, *args, **options):
+        def find(host):
             asked.append(host)
             if "missing" in host:
                 raise socket.gaierror(socket.EAI_NONAME, "Unknown")
-            return [(2, 1, 6, "", ("127.0.0.1", 0))]
+            return ["127.0.0.1"]
 
         asked: list[str] = []
         self.answer_names_with(find)
         origin = self.start_origin({"/~x": text_page("safe")},
                                    tls=self.trust_test_cert())
         with self.assertRaises(ValueError) as caught:
-            self.make_web(None, prefix="http://missing.invalid/",
-                          index="https://missing.too.invalid/").enter_chroot(
-                              "/")
+            self.make(WebBackend, prefix="http://missing.invalid/",
+                      index="https://missing.too.invalid/").enter_chroot("/")
         failed = ("is found, nor will be in the chroot; write an address"
                   " instead of the name")
         self.assertEqual(str(caught.exception).splitlines(), [
@@ -6092,10 +6026,10 @@ class WebBackendTest(BackendCase):
             f"index: no address of missing.too.invalid {failed}"])
         options = {"url": f"https://test.invalid:{origin.port}/~{{user}}",
                    "redirect_hosts": ("other.invalid", "missing.invalid")}
-        first = self.make_web(None, **options)
+        first = self.make_web(**options)
         first.enter_chroot("/")
         os.environ["SSL_CERT_FILE"] = os.devnull
-        for backend in (first, self.make_web(None, **options)):
+        for backend in (first, self.make_web(**options)):
             self.assertEqual(self.ask(backend, "x"), "safe")
         self.assertEqual(asked, [
             "missing.invalid", "missing.too.invalid", "test.invalid",
@@ -6107,41 +6041,36 @@ class WebBackendTest(BackendCase):
             "/~x": (200, {"Content-Type": "text/html"},
                     b"<meta charset=iso-2022-jp>&eacute;"),
             "/~bad": raw(b"x\n"),
-            "/~koi": (200, {"Content-Type": "text/plain; charset=koi8-r"},
-                      b"\xf0"),
             "/~away": (302, {"Location": "http://h\xe9.invalid/"}, b"")})
         secure = self.start_origin({"/~x": text_page("safe")},
                                    tls=self.trust_test_cert())
         out = run_python(self, """\
             import sys
-            import fingerd_backends
-            def ask(backend, user):
-                try:
-                    return backend.lookup(user, False, "", 10)
-                except OSError as error:
-                    return type(error).__name__
+            from fingerd_backends import FingerBackend, WebBackend
             backends = [
                 kind({**{name: text for name, _, text, _ in kind.settings},
                       "max_output": 5000, "cache": 60.0, "stale": 1.0,
                       "redirect_hosts": (), setting: text}, print)
                 for kind, setting, text in (
-                    (fingerd_backends.WebBackend, "prefix", sys.argv[1]),
-                    (fingerd_backends.WebBackend, "prefix", sys.argv[2]),
-                    (fingerd_backends.WebBackend, "prefix",
-                     "http://localhost:1/"),
-                    (fingerd_backends.FingerBackend, "command",
-                     "echo {user}"))]
+                    (WebBackend, "prefix", sys.argv[1]),
+                    (WebBackend, "prefix", sys.argv[2]),
+                    (WebBackend, "prefix", "http://localhost:1/"),
+                    (FingerBackend, "command", "echo {user}"))]
             class Refuse:
                 def find_spec(self, name, *args):
                     print("needs", name)
             sys.meta_path.insert(0, Refuse())
-            for user in "x", "bad", "koi", "away", "none":
-                print(ascii(ask(backends[0], user)))
-            print(*(ask(backend, "x") for backend in backends[1:]), end="")
+            for number, user in enumerate(
+                    ["x", "x", "x", "x", "bad", "away", "none"]):
+                try:
+                    print(ascii(backends[number % 4 if number < 4 else 0]
+                                .lookup(user, False, "", 10)))
+                except OSError as error:
+                    print(type(error).__name__)
             """, origin.url + "/~", secure.url + "/~")
         self.assertEqual(out.splitlines(), [
-            "'\\xe9\\n'", "'OSError'", "'\\u041f'", "'OSError'", "None",
-            "safe OSError x"])
+            "'\\xe9\\n'", "'safe'", "OSError", "'x\\n'", "OSError", "OSError",
+            "None"])
 
 
 # ---- files ------------------------------------------------------------------
