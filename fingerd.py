@@ -308,9 +308,6 @@ def truncate(data: bytes, limit: int) -> bytes:
 
 # ---- Backends -------------------------------------------------------------
 
-MAX_LISTED = 10_000     # users in one list; it is cut after them
-
-
 class UsersBackend:
     """Users of the config, each with the text of the reply.
 
@@ -343,13 +340,10 @@ class UsersBackend:
                  report: Callable[[str], None]) -> None:
         self.replies = {name.lower(): to_wire(text)
                         for name, text in options.items()}
-        names = list(options)[:MAX_LISTED]
-        width = max(map(len, names), default=0)
-        lines = [f"{name:{width}}  {options[name].partition(chr(10))[0]}"
-                 for name in names]
-        if len(options) > MAX_LISTED:
-            lines.append("[truncated]")
-        self.list = to_wire("\n".join(lines))
+        width = max(map(len, options), default=0)
+        self.list = to_wire("\n".join(
+            f"{name:{width}}  {text.partition(chr(10))[0]}"
+            for name, text in options.items()))
 
     def lookup(self, user: str, verbose: bool, client: str,
                timeout: float) -> bytes | None:
@@ -427,7 +421,7 @@ NUMBERS = {                     # patterns of how they are written
     "a size in bytes": "[0-9]{1,12}[KkMm]?",
 }
 UNITS = {"K": 1024, "M": 1024 ** 2}
-PATH = r"[^\0-\x1f\x7f-\x9f]"   # a character of a path: not a control one
+CONTROLS = re.compile("[\0-\x08\n-\x1f\x7f-\x9f]")
 
 
 class Setting(NamedTuple):
@@ -439,14 +433,6 @@ class Setting(NamedTuple):
     default: str                # as it would be written in the file
     help: str
     flags: tuple[str, ...] = ()
-
-
-class User(NamedTuple):
-    """A user to become; gid is None if the uid is not in passwd(5)."""
-
-    name: str
-    uid: int
-    gid: int | None
 
 
 # Converters take a text.  For a bad one they raise ValueError("is not ..."),
@@ -546,16 +532,17 @@ def to_network(text: str) -> Any:
     return network
 
 
-def to_user(text: str) -> User | None:
+def to_user(text: str) -> Any:
+    """Give name, uid and gid of a user; a uid may have no name and no gid."""
     if not text:
         return None
     uid = to_id(text) if text.isdecimal() else None
     try:
         entry = pwd.getpwnam(text) if uid is None else pwd.getpwuid(uid)
-        return User(entry.pw_name, entry.pw_uid, entry.pw_gid)
-    except (KeyError, ValueError):      # ValueError: it has a NUL
+        return entry.pw_name, entry.pw_uid, entry.pw_gid
+    except KeyError:
         if uid is not None:
-            return User(text, uid, None)
+            return text, uid, None
     raise ValueError("is not a user of this system; create it (adduser"
                      f" --system {text}), or leave user empty for nobody")
 
@@ -565,14 +552,14 @@ def to_group(text: str) -> int | None:
         return to_id(text)
     try:
         return grp.getgrnam(text).gr_gid if text else None
-    except (KeyError, ValueError):
+    except KeyError:
         raise ValueError("is not a group of this system; create it (addgroup"
                          f" --system {text}), or leave group empty for the"
                          " user's") from None
 
 
 def to_syslog(text: str) -> str | tuple[str, int]:
-    return text if re.fullmatch(f"/{PATH}*", text) else to_address(text)
+    return text if text.startswith("/") else to_address(text)
 
 
 # The next number would be -1: "do not change" for chown(2) and setresuid(2).
@@ -592,11 +579,10 @@ KINDS: dict[str, Callable[[str], Any]] = {
     "next hops": to_hops,
     "server": to_server,
     "backends": list_of(str, 1),
-    "path": text_matching(
-        f"{PATH}*", "a path; write it without control characters"),
+    "path": str,
     "directory": text_matching(
-        f"(/{PATH}*)?", "an absolute path; write e.g. /var/empty"),
-    "log": text_matching(f"{PATH}+", "stderr, syslog or a path"),
+        "(/.*)?", "an absolute path; write e.g. /var/empty"),
+    "log": text_matching(".+", "stderr, syslog or a path"),
     "facility": one_of(*FACILITIES),
     "word": text_matching("[!-~]{1,32}", "a word of 1 to 32 ASCII characters"),
     "syslog": to_syslog,
@@ -867,6 +853,8 @@ def convert_entry(row: Setting, entry: Entry, errors: Notes) -> Any:
         return full_text(entry)
     check_single(entry.line, entry.below, errors)
     try:
+        if CONTROLS.search(entry.text):
+            raise ValueError("has control characters; remove them")
         return KINDS[row.kind](entry.text)
     except ValueError as error:
         name, equals = row.name, " ="
@@ -1100,13 +1088,9 @@ class Log:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()    # held from a line's format to its end
-        self.level = INFO
-        self.format = format_text
-        self.hide = HIDERS["full"]
-        self.facility = 0
-        self.prefix = "fingerd"
         self.output: LogFile | Syslog = LogFile(2)
         self.lost = 0                   # lines that could not be written
+        self.open(convert_core({}, {}, None, Notes()).log)
 
     def open(self, settings: Any,
              owner: tuple[int, int] | None = None) -> None:
@@ -1206,29 +1190,22 @@ class Stats:
     def text(self, clients: int, threads: int, reloads: dict[str, int]) -> str:
         """Format the numbers for node_exporter's textfile collector."""
         counts = list(itertools.accumulate(self.buckets))
-        bounds = [*map(str, BUCKETS), "+Inf"]
-        return "".join([
-            format_metric("queries_total", "counter", "Connections by end.", {
-                f'{{outcome="{outcome}",backend="{backend}"}}': number
-                for (outcome, backend), number in self.queries.items()}),
-            format_metric("query_seconds", "histogram", "Time they took.", {
-                **{f'_bucket{{le="{bound}"}}': number
-                   for bound, number in zip(bounds, counts)},
-                "_sum": round(self.seconds, 6), "_count": counts[-1]}),
-            format_metric("clients", "gauge", "Connections.", {"": clients}),
-            format_metric("threads", "gauge", "Lookups.", {"": threads}),
-            format_metric("reloads_total", "counter", "Reloads.", {
-                f'{{result="{result}"}}': number
-                for result, number in reloads.items()})])
-
-
-def format_metric(name: str, kind: str, about: str,
-                  values: dict[str, float]) -> str:
-    """Format a metric; values are by what follows its name."""
-    head = (f"# HELP fingerd_{name} {about}\n"
-            f"# TYPE fingerd_{name} {kind}\n")
-    return head + "".join(f"fingerd_{name}{rest} {value}\n"
-                          for rest, value in values.items())
+        lines = ["# TYPE fingerd_queries_total counter"]
+        lines += [f'fingerd_queries_total{{outcome="{outcome}",'
+                  f'backend="{backend}"}} {number}'
+                  for (outcome, backend), number in self.queries.items()]
+        lines += ["# TYPE fingerd_query_seconds histogram"]
+        lines += [f'fingerd_query_seconds_bucket{{le="{bound}"}} {number}'
+                  for bound, number in zip([*BUCKETS, "+Inf"], counts)]
+        lines += [
+            f"fingerd_query_seconds_sum {self.seconds:.6f}",
+            f"fingerd_query_seconds_count {counts[-1]}",
+            "# TYPE fingerd_clients gauge", f"fingerd_clients {clients}",
+            "# TYPE fingerd_threads gauge", f"fingerd_threads {threads}",
+            "# TYPE fingerd_reloads_total counter"]
+        lines += [f'fingerd_reloads_total{{result="{result}"}} {number}'
+                  for result, number in reloads.items()]
+        return "\n".join(lines) + "\n"
 
 
 def replace_file(path: str, text: str) -> None:
@@ -2721,21 +2698,22 @@ def choose_ids(daemon: Any) -> tuple[str, int, int] | None:
     """Choose the name, uid and gid to become; None if they stay the same."""
     if os.geteuid() != 0:
         if daemon.chroot or (
-                daemon.user and daemon.user.uid != os.geteuid()) or (
+                daemon.user and daemon.user[1] != os.geteuid()) or (
                 daemon.group is not None and daemon.group != os.getegid()):
             raise StartError("only root can change the user, the group or the"
                              " root directory; start as root, or remove user,"
                              " group and chroot")
         return None
     try:
-        chosen: Any = daemon.user or to_user("nobody")
-        gid = chosen.gid if daemon.group is None else daemon.group
-        if gid is None:
+        name, uid, gid = daemon.user or to_user("nobody")
+        if daemon.group is not None:
+            gid = daemon.group
+        elif gid is None:
             gid = pwd.getpwnam("nobody").pw_gid
     except (KeyError, ValueError):
         raise StartError('there is no user "nobody"; write user = NAME and'
                          " group = NAME") from None
-    return chosen.name, chosen.uid, gid
+    return name, uid, gid
 
 
 def unreadable_config(config: Any, ids: tuple[int, ...] = ()) -> str:

@@ -839,9 +839,9 @@ class SettingsTest(Case):
                 "directory": {"": "", "/x": "/x"},
                 "word": {"x" * 32: "x" * 32}, "level": {"DEBUG": "debug"},
                 "syslog": {"/dev/log": "/dev/log", "h:514": ("h", 514)},
-                "user": {"": None, "0": fingerd.User("root", 0, 0),
-                         "root": fingerd.User("root", 0, 0), "4294967294":
-                         fingerd.User("4294967294", 4294967294, None)},
+                "user": {"": None, "0": ("root", 0, 0),
+                         "root": ("root", 0, 0), "4294967294":
+                         ("4294967294", 4294967294, None)},
                 "group": {"": None, "4294967294": 4294967294,
                           grp.getgrgid(0).gr_name: 0}}.items():
             for text, value in values.items():
@@ -876,22 +876,20 @@ class SettingsTest(Case):
                 ("next hops", address, "a:b"), ("backends", "is empty", ""),
                 ("level", "is not one of debug, info, notice, warning, error",
                  "loud"),
-                ("log", "is not stderr, syslog or a path", "", "a\nb"),
-                ("path", "is not a path; write it without control characters",
-                 "a\x1bb", "a\x85b"),
+                ("log", "is not stderr, syslog or a path", ""),
                 ("directory", "is not an absolute path; write e.g."
-                 " /var/empty", "x", "/\0"),
+                 " /var/empty", "x"),
                 ("octal", "is not an octal mask", "8", "7777"),
                 ("word", "is not a word of 1 to 32 ASCII characters", "a b",
-                 "", "x" * 33), ("syslog", address, "/\0", "log"),
+                 "", "x" * 33), ("syslog", address, "log"),
                 ("user", "is not between 0 and 4294967294", "4294967295",
                  "99999999999"),
                 ("user", "is not a user of this system; create it (adduser"
-                 " --system a\0b), or leave user empty for nobody", "a\0b"),
+                 " --system a b), or leave user empty for nobody", "a b"),
                 ("group", "is not between 0 and 4294967294", "4294967295"),
                 ("group", "is not a group of this system; create it (addgroup"
-                 " --system a\0b), or leave group empty for the user's",
-                 "a\0b")]:
+                 " --system a b), or leave group empty for the user's",
+                 "a b")]:
             for text in texts:
                 with self.subTest(kind=kind, text=text):
                     with self.assertRaises(ValueError) as caught:
@@ -2936,7 +2934,7 @@ class ProcessTest(unittest.TestCase):
         with as_nobody():
             self.assertIsNone(fingerd.choose_ids(namespace(
                 user=None, group=None, chroot="")))
-            for change in ({"user": fingerd.User("root", 0, 0)},
+            for change in ({"user": ("root", 0, 0)},
                            {"group": 54321}, {"chroot": "/"}):
                 daemon = {"user": None, "group": None, "chroot": "", **change}
                 with self.assertRaisesRegex(fingerd.StartError, "only root"):
