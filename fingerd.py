@@ -713,15 +713,15 @@ def read_config(path: str, report: Callable[..., None],
 
     report(backend, text, level) logs for a backend; overrides has texts from
     the command line by setting; old is the config that a reload replaces.
-    The result has a namespace of values for each section of CORE, and: path;
-    raw_values, texts by section and name; lines, line numbers by setting;
-    aliases, the names that each means; backends, pairs of name and object;
-    warnings, lines of text.
+    The result has a namespace of values for each section of CORE, and: path,
+    overrides; raw_values, texts by section and name; lines, line numbers by
+    setting; aliases, the names that each means; backends, pairs of name and
+    object; warnings, lines of text.
     """
     errors, warnings = Notes(), Notes()
     sections = parse_config(read_text(path), errors)
     config = convert_core(sections, overrides or {}, old, errors)
-    config.path = path
+    config.path, config.overrides = path, overrides
     config.aliases = make_aliases(sections.pop("aliases", Section(0, {})),
                                   errors)
     chroot = "" if old else config.daemon.chroot
@@ -1138,6 +1138,10 @@ class Log:
                 self.output.write(self.line(level, event, fields))
             except OSError:
                 self.lost += 1
+
+    def report(self, backend: str, text: str, level: str = "warning") -> None:
+        """Write what a backend reports."""
+        self.event(level, "backend", name=backend, text=text)
 
     def line(self, level: str, event: str, fields: dict[str, Any]) -> bytes:
         """Format an event; cut its longest value until the line fits."""
@@ -2895,11 +2899,9 @@ class Notifier(socket.socket):
 class Daemon:
     """The process: how it starts, what signals do, how it ends."""
 
-    def __init__(self, config: Any, log: Log,
-                 reader: Callable[..., Any]) -> None:
+    def __init__(self, config: Any, log: Log) -> None:
         self.config = config
         self.log = log
-        self.reader = reader            # of the config
         self.directory = os.getcwd()    # where relative paths start
         self.root = ""                  # the chroot that we are in
         self.ids = choose_ids(config.daemon)    # that we become
@@ -3094,7 +3096,8 @@ class Daemon:
             # The open of a pipe could wait.
             if os.path.exists(path) and not os.path.isfile(path):
                 raise ConfigError(f"{path} is not a regular file")
-            self.change_config(self.reader(path, old=self.config))
+            self.change_config(read_config(
+                path, self.log.report, self.config.overrides, self.config))
             result = "ok"
         except Exception as error:      # whatever it is, keep the old config
             for line in (str(error) or repr(error)).splitlines():
@@ -3143,16 +3146,23 @@ class Daemon:
 STOP_WAIT = 60.0                # seconds that --stop adds to the timeout
 
 
-def check_and_start(args: Any, log: Log, reader: Callable[..., Any]) -> None:
+def load_config(args: Any, log: Log) -> Any:
+    """Read the config; options override its settings."""
+    return read_config(args.config, log.report, {
+        row.name: getattr(args, row.name) for row in SETTINGS
+        if getattr(args, row.name, None) is not None})
+
+
+def check_and_start(args: Any, log: Log) -> None:
     """Print warnings and start the daemon; with --check, do not start it."""
-    config = reader(args.config)
+    config = load_config(args, log)
     for warning in [*config.warnings, *find_warnings(config, args.inetd)]:
         complain(warning, "warning")
     if args.check:
         say(f"{config.path} is good\n")
         return
     close_inherited()
-    Daemon(config, log, reader).start_and_serve()
+    Daemon(config, log).start_and_serve()
 
 
 def find_warnings(config: Any, inetd: bool) -> Iterator[str]:
@@ -3161,9 +3171,9 @@ def find_warnings(config: Any, inetd: bool) -> Iterator[str]:
     if count_passed():
         useless["listen"] = "is not used with systemd's sockets; remove it"
     if inetd:
+        useless["stats"] = "is not written under inetd; remove it"
         for name in ("max_clients_per_host", "queries_per_minute"):
             useless[name] = "does nothing under inetd; set limits in inetd"
-        useless["stats"] = "is not written under inetd; remove it"
     for name, line in config.lines.items():
         if name in useless:
             where = f"{config.path}:{line}: " if line else "--"
@@ -3192,10 +3202,10 @@ def close_inherited() -> None:
                 os.close(fd)
 
 
-def print_reply(args: Any, log: Log, reader: Callable[..., Any]) -> int:
+def print_reply(args: Any, log: Log) -> int:
     """Print what a client would get for a line; 1 if a backend failed."""
     import ipaddress  # not needed to serve
-    config = reader(args.config)
+    config = load_config(args, log)
     client = plain_address(
         "127.0.0.1" if args.address is None else args.address)
     try:
@@ -3205,7 +3215,7 @@ def print_reply(args: Any, log: Log, reader: Callable[..., Any]) -> int:
                           " e.g. --from 192.0.2.7") from None
     answers = Answers(config, log)
     if os.geteuid() == 0:       # no program is run as root
-        Daemon(config, log, reader).give_up_rights(answers)
+        Daemon(config, log).give_up_rights(answers)
     reply = answer_line(answers, os.fsencode(args.query) + b"\n", client)
     say(reply.data.decode())
     return 1 if reply.outcome == "failed" else 0
@@ -3227,13 +3237,13 @@ def answer_line(answers: Answers, line: bytes, client: str) -> Reply:
         return FIXED_REPLIES["too-long"]
 
 
-def control(args: Any, reader: Callable[..., Any]) -> int:
+def control(args: Any, log: Log) -> int:
     """Act on the running daemon; give the exit status.
 
     A pidfile is enough: the config may have errors by now.
     """
     try:
-        config, errors = reader(args.config), ""
+        config, errors = load_config(args, log), ""
     except ConfigError as error:
         config, errors = error.config, str(error)
     path = args.pidfile or (config.daemon.pidfile if config else "")
@@ -3280,13 +3290,13 @@ def print_status(path: str) -> int:
     return 3
 
 
-def serve_inetd(args: Any, log: Log, reader: Callable[..., Any]) -> None:
+def serve_inetd(args: Any, log: Log) -> None:
     """Serve the connection that inetd(8) has accepted."""
     sock = take_inetd_socket()
     try:
-        config = reader(args.config)
+        config = load_config(args, log)
         close_inherited()
-        Daemon(config, log, reader).serve_inetd(sock)
+        Daemon(config, log).serve_inetd(sock)
     except (ConfigError, StartError) as error:
         refuse_for_inetd(sock, log, error)
         raise
@@ -3307,11 +3317,10 @@ def take_inetd_socket() -> socket.socket:
     except OSError as error:
         raise StartError("--inetd: standard input is not a connection:"
                          f" {reason(error)}; have inetd start it") from None
-    null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         if stat.S_ISSOCK(os.fstat(fd).st_mode):
-            os.dup2(null, fd)
-    os.close(null)
+            os.close(fd)
+    open_standard_streams()
     return sock
 
 
@@ -3431,21 +3440,10 @@ def settings_text() -> str:
     return "\n".join(lines)
 
 
-def make_reader(args: Any, log: Log) -> Callable[..., Any]:
-    """Make a function that reads a config; the options override it."""
-    def report(backend: str, text: str, level: str = "warning") -> None:
-        log.event(level, "backend", name=backend, text=text)
-
-    overrides = {row.name: getattr(args, row.name) for row in SETTINGS
-                 if getattr(args, row.name, None) is not None}
-    return functools.partial(read_config, report=report, overrides=overrides)
-
-
 def carry_out(args: Any, log: Log) -> int:
     """Do what the options say; give the exit status."""
     if args.address is not None and args.query is None:
         raise ConfigError("--from: goes with --query only")
-    reader = make_reader(args, log)
     if args.version:
         say(f"fingerd {__version__}\n")
     elif args.help:
@@ -3453,13 +3451,13 @@ def carry_out(args: Any, log: Log) -> int:
     elif args.bundle is not None:
         write_bundle(args.bundle)
     elif args.status or args.reload or args.stop:
-        return control(args, reader)
+        return control(args, log)
     elif args.query is not None:
-        return print_reply(args, log, reader)
+        return print_reply(args, log)
     elif args.inetd and not args.check:
-        serve_inetd(args, log, reader)
+        serve_inetd(args, log)
     else:
-        check_and_start(args, log, reader)
+        check_and_start(args, log)
     return 0
 
 

@@ -265,10 +265,8 @@ def serving(text=USERS, backends=(), listen="127.0.0.1:0", last_call=0):
         log_path = os.path.join(os.path.dirname(path), "log")
         log = fingerd.Log()
         stack.callback(close_log, log)
-        config = fingerd.read_config(
-            path, lambda name, text, level="warning": log.event(
-                level, "backend", name=name, text=text),
-            {"listen": listen, "to": log_path})
+        config = fingerd.read_config(path, log.report, {"listen": listen,
+                                                        "to": log_path})
         config.backends += tuple(backends)
         log.open(config.log)
         server = fingerd.FingerServer(
@@ -3302,10 +3300,10 @@ class ReloadTest(unittest.TestCase):
             kept = (fingerd.Answers, WebBackend, urllib.request.OpenerDirector)
             return [type(x) for x in gc.get_objects() if type(x) in kept]
 
-        reader = functools.partial(fingerd.read_config, report=print)
         with config_file("[server]\nbackend = web\n[web]\nprefix = https:"
                          "//127.0.0.1:1/\n[log]\nlevel = error\n") as path:
-            daemon = fingerd.Daemon(reader(path), fingerd.Log(), reader)
+            daemon = fingerd.Daemon(fingerd.read_config(path, print),
+                                    fingerd.Log())
             answers = fingerd.Answers(daemon.config, daemon.log)
             with fingerd.FingerServer([], answers, daemon.log) as (
                     daemon.server), fingerd.Notifier() as daemon.notifier:
@@ -3364,7 +3362,7 @@ class StatsTest(unittest.TestCase):
                 [("slow", TestBackend(lambda *args: "slow"))]) as server, \
                 mock.patch.object(fingerd, "STATS_PERIOD", period):
             site = server.server.answers
-            program = fingerd.Daemon(site.config, site.log, lambda: None)
+            program = fingerd.Daemon(site.config, site.log)
             program.server = server.server
             program.write_stats()
             server.server.schedule(program.write_stats)
