@@ -2941,7 +2941,7 @@ class BackgroundTest(unittest.TestCase):
     """The daemon in the background, its pidfile, and commands about it."""
 
     def test_the_launcher_returns_when_it_serves_and_is_left_behind(self):
-        with background(fresh=True) as program:
+        with background() as program:
             pid = program.pid
             self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
             self.assertIn(f" pid={pid}", program.wait_log("ready"))
@@ -2975,121 +2975,41 @@ class BackgroundTest(unittest.TestCase):
                 self.assertEqual(os.stat(program.log_path).st_mode & 0o777,
                                  0o600)
 
-    def test_warns_that_the_log_on_stderr_is_lost(self):
-        with background(start=False) as program:
-            status, _, err = program.start(log="stderr")
-            self.assertEqual(status, 0)
-            self.assertIn("fingerd: the log will be lost: it goes to stderr,"
-                          " and there is none in the background; write to ="
-                          " syslog, or a file\n", err)
-
-    def test_only_one_can_run(self):
+    def test_only_one_can_run_until_it_has_died(self):
         with background() as program:
             host, port = program.address
+            first = program.pid
             for args in ([], ["--listen", f"{host}:{port}"]):
                 self.assertEqual(
                     program.start(*args),
-                    (1, "", f"fingerd: already running, pid {program.pid}"
+                    (1, "", f"fingerd: already running, pid {first}"
                             f" ({program.pidfile} is locked)\n"))
             self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
-
-    def test_of_several_starts_at_the_same_moment_exactly_one_wins(self):
-        with background(start=False) as program:
-            results = in_threads([program.start] * 3)
-            self.assertEqual(sorted(status for status, _, _ in results),
-                             [0, 1, 1])
+            os.kill(first, signal.SIGKILL)
+            wait_until(lambda: not fingerd.find_daemon(program.pidfile)[0],
+                       "its end")
+            # The number alone proves nothing.
+            for command, status, said in [
+                    ("--status", 1, f"has died; it was pid {first}"),
+                    ("--stop", 0, "is not running"),
+                    ("--reload", 1, "is not running")]:
+                self.assertEqual(program.run(command),
+                                 (status, f"fingerd {said}\n", ""))
+            write_file(program.directory, "pid", f"{first:010}\n")
+            self.assertEqual(program.start(), (0, "", ""))
+            self.assertNotEqual(program.pid, first)
             self.assertEqual(program.run("--status"), (
                 0, f"fingerd is running, pid {program.pid}\n", ""))
 
-    def test_starts_again_after_kill_9(self):
-        with background() as program:
-            first = program.pid
-            os.kill(first, signal.SIGKILL)
-            wait_until(lambda: program.run("--status")[0] != 0, "its end")
-            self.assertEqual(program.run("--status"), (
-                1, f"fingerd has died; it was pid {first}\n", ""))
-            self.assertEqual(program.start(), (0, "", ""))
-            self.assertNotEqual(program.pid, first)
-
-    def test_believes_the_lock_and_not_the_number(self):
-        with background(start=False) as program, subprocess.Popen(
-                ["sleep", "60"]) as other:
-            self.addCleanup(other.wait)
-            self.addCleanup(other.kill)
-            pathlib.Path(program.pidfile).write_text(f"{other.pid}\n")
-            for command, status in [("--stop", 0), ("--reload", 1)]:
-                self.assertEqual(program.run(command), (
-                    status, "fingerd is not running\n", ""))
-            self.assertIsNone(other.poll())
-            self.assertEqual(program.start(), (0, "", ""))
-            other.kill()
-
-    def test_status_tells_apart_why_it_does_not_run(self):
-        with installed() as program:
-            path = program.pidfile
-            other = (f"{path} is not a pidfile (a file with one name, a number"
-                     " or nothing in it); name another")
-            for content, status, said in [
-                    (None, 3, "is not running"), ("", 3, "is not running"),
-                    ("4711\n", 1, "has died; it was pid 4711"),
-                    ("4711", 1, "has died; it was pid 4711"),
-                    ("99999999999\n", 4, other),
-                    ("4711 and more", 4, other),
-                    ("4711" + "\n" * 30, 4, other),
-                    (os.mkfifo, 4, other),
-                    (functools.partial(os.link, program.config), 4, other),
-                    (functools.partial(os.symlink, program.config), 4,
-                     "cannot read the pidfile: too many levels of symbolic"
-                     f" links: {path}")]:
-                if isinstance(content, str):
-                    pathlib.Path(path).write_text(content)
-                elif content:
-                    content(path)
-                result = run_fingerd("--pidfile", path, "--status")
-                with self.subTest(content=content):
-                    self.assertEqual(result, (
-                        status, "" if status == 4 else f"fingerd {said}\n",
-                        f"fingerd: {said}\n" if status == 4 else ""))
-                if content is not None:
-                    os.unlink(path)
-
-    def test_stop_waits_until_it_is_gone(self):
-        with background() as program:
-            address = program.address
-            with connect(address) as sock:
-                sock.sendall(b"mos")        # takes it a while to give up
-                said: list[Any] = []
-                stop = threading.Thread(
-                    target=lambda: said.append(program.run("--stop")))
-                stop.start()
-                self.assertEqual(read_all(sock), b"Query timed out\r\n")
-                self.assertTrue(stop.is_alive())
-            stop.join(HANG)
-            self.assertEqual(said, [(0, "", "")])
-            self.assertTrue(refused(address))
-            if os.geteuid():
-                self.assertFalse(os.path.exists(program.pidfile))
-            self.assertRegex(program.log()[-1], "stopped signal=SIGTERM")
-
-    def test_commands_need_a_pidfile(self):
-        for command in ("--status", "--stop", "--reload"):
-            self.assertEqual(
-                run_fingerd("--config", str(EXAMPLE), command),
-                (2, "", "fingerd: no pidfile is configured; set pidfile in"
-                        " [daemon], or give --pidfile\n"))
-
-    def test_a_number_that_a_crash_has_left_is_not_believed(self):
-        with tempfile.TemporaryDirectory() as directory:
-            path = write_file(directory, "pid", f"{os.getpid()}\n")
-            with fingerd.hold_pidfile(path):
-                self.assertEqual(
-                    run_fingerd("--pidfile", path, "--status"),
-                    (0, f"fingerd is running, pid {os.getpid()}\n", ""))
-            self.assertEqual(os.listdir(directory), [])
+    def test_of_several_starts_at_the_same_moment_exactly_one_wins(self):
+        with background(start=False) as program:
+            starts = [program.start(run=start_fingerd) for _ in range(5)]
+            self.assertEqual(sorted(start.wait() for start in starts),
+                             [0, 1, 1, 1, 1])
 
     def test_makes_a_pidfile_again_that_another_has_just_removed(self):
         with tempfile.TemporaryDirectory() as directory:
-            path = os.path.join(directory, "pid")
+            path = write_file(directory, "pid", "4711\n")
             ends, lockf = iter([path]), fcntl.lockf
 
             def lock(fd, operation):
@@ -3098,54 +3018,104 @@ class BackgroundTest(unittest.TestCase):
                 lockf(fd, operation)
 
             with mock.patch("fcntl.lockf", lock), fingerd.hold_pidfile(path):
-                self.assertEqual(os.listdir(directory), ["pid"])
+                self.assertEqual(pathlib.Path(path).read_text(),
+                                 f"{os.getpid()}\n")
+            self.assertEqual(os.listdir(directory), [])
 
-    def test_spoils_nothing_that_is_no_pidfile(self):
-        with installed() as program:
-            fifo, link = (os.path.join(program.directory, name)
-                          for name in ("fifo", "link"))
-            os.mkfifo(fifo)
-            os.symlink(program.config, link)
-            for path, message in [
-                    (fifo, "is not a pidfile"),
-                    (program.config, "is not a pidfile"),
-                    (link, "pidfile: too many levels of symbolic links")]:
+    def test_takes_nothing_else_for_a_pidfile(self):
+        with config_file(USERS) as config:
+            folder, path = os.path.dirname(config), config + ".pid"
+
+            def refuses():
                 before = os.lstat(path)
-                for status, result in [
-                        (1, program.start("--pidfile", path)),
-                        (4, program.run("--status", "--pidfile", path)),
-                        (1, program.run("--stop", "--pidfile", path))]:
-                    self.assertEqual(result[:2], (status, ""))
-                    self.assertIn(message, result[2])
+                with self.assertRaises(fingerd.StartError):
+                    fingerd.find_daemon(path)
+                with self.assertRaises(fingerd.StartError), \
+                        fingerd.hold_pidfile(path):
+                    pass
                 self.assertEqual(os.lstat(path)[:7], before[:7])
-            self.assertEqual(pathlib.Path(program.config).read_text(), USERS)
+
+            self.assertEqual(fingerd.find_daemon(path), (0, 0))
+            for text, number in [
+                    ("", 0), ("4711\n", 4711), ("4711", 4711),
+                    ("99999999999\n", None), ("4711 and more", None),
+                    ("4711" + "\n" * 30, None)]:
+                with self.subTest(text=text):
+                    write_file(folder, "fingerd.conf.pid", text)
+                    if number is None:
+                        refuses()
+                    else:
+                        self.assertEqual(fingerd.find_daemon(path),
+                                         (0, number))
+            good = write_file(folder, "good", "4711\n")
+            for make in (functools.partial(os.link, good),
+                         functools.partial(os.symlink, good), os.mkfifo):
+                os.unlink(path)
+                make(path)
+                if make is not os.mkfifo:
+                    refuses()
+            wrong = (f"fingerd: {path} is not a pidfile (a file with one name,"
+                     " a number or nothing in it); name another\n")
+            for status, command in [(1, "--daemon"), (4, "--status"),
+                                    (1, "--stop")]:
+                self.assertEqual(
+                    run_fingerd("--config", config, "--pidfile", path,
+                                "--logfile", config + ".log", command),
+                    (status, "", wrong))
+
+    @mock.patch.object(fingerd, "GRACE", 0.1)
+    def test_stop_waits_until_it_is_gone(self):
+        with background() as program, connect(program.address) as sock:
+            address = program.address
+            sock.sendall(b"mos")        # takes it a while to give up
+            self.assertEqual(program.run("--stop"), (0, "", ""))
+            self.assertEqual(fingerd.find_daemon(program.pidfile), (0, 0))
+            self.assertRegex(program.log()[-1], "stopped signal=SIGTERM")
+            self.assertEqual(read_all(sock), b"Query timed out\r\n")
+            self.assertTrue(refused(address))
+            # What it may not remove, as nobody, it empties.
+            self.assertEqual(os.path.exists(program.pidfile),
+                             os.geteuid() == 0)
 
     def test_signals_at_the_start_are_acted_on_when_it_serves(self):
-        for number, last in [(signal.SIGHUP, "reload"),
-                             (signal.SIGUSR1, "counters"),
-                             (signal.SIGTERM, "stopped")]:
-            with background(start=False) as program:
-                launcher = program.start(run=start_fingerd)
-                wait_until(lambda: os.path.exists(program.pidfile) and
-                           pathlib.Path(program.pidfile).read_text(), "pid")
-                with contextlib.suppress(ValueError, OSError):
-                    os.kill(program.pid, number)
-                self.assertEqual(launcher.wait(HANG), 0)
-                program.wait_log(last)
+        for numbers, status, lines in [
+                ((signal.SIGHUP, signal.SIGUSR1), 0, ["reload", "counters"]),
+                ((signal.SIGTERM,), 0, ["stopped signal=SIGTERM"]),
+                ((signal.SIGINT,), 1, [])]:     # as a start may take long
 
-    def test_stops_although_the_config_has_been_broken_since(self):
-        with background() as program:
-            config = ["--config", program.config]
-            program.write("[nonsense]\n")
-            self.assertEqual(program.run("--status")[0], 0)
-            program.write("[daemon]\npidfile = /x\x01y\n")
-            self.assertEqual(run_fingerd(*config, "--stop")[0], 2)
-            program.write(f"[daemon]\npidfile = {program.pidfile}\n[x]\n")
-            self.assertEqual(run_fingerd(*config, "--status")[0], 0)
-            self.assertEqual(run_fingerd(*config, "--stop"), (0, "", ""))
-        with background() as program:
-            program.write("[nonsense]\n")
-            self.assertEqual(program.run("--stop"), (0, "", ""))
+            def interrupt(self, answers, numbers=numbers):
+                for number in numbers:
+                    os.kill(os.getpid(), number)
+
+            with self.subTest(numbers=numbers), mock.patch.object(
+                    fingerd.Daemon, "give_up_rights", interrupt), \
+                    background(start=False) as program:
+                self.assertEqual(program.start(), (status, "", ""))
+                for line in lines:
+                    program.wait_log(line)
+
+    def test_commands_need_a_pidfile_but_no_good_config(self):
+        with background() as program:       # a bad one is there at its end
+            for text, args, status in [
+                    ("", [], 2), ("[daemon]\npidfile = /x\x01y\n", [], 2),
+                    (f"[daemon]\npidfile = {program.pidfile}\n[x]\n", [], 0),
+                    ("[nonsense]\n", ["--pidfile", program.pidfile], 0)]:
+                program.write(text)
+                result = run_fingerd("--config", program.config, *args,
+                                     "--status")
+                self.assertEqual(result[0], status)
+                if not text:
+                    self.assertEqual(
+                        result[2], "fingerd: no pidfile is configured; set"
+                        " pidfile in [daemon], or give --pidfile\n")
+
+    def test_warns_that_the_log_on_stderr_is_lost(self):
+        with config_file(USERS) as path:
+            self.assertEqual(
+                run_fingerd("--config", path, "--daemon", "--check"),
+                (0, f"{path} is good\n", "fingerd: the log will be lost: it"
+                 " goes to stderr, and there is none in the background; write"
+                 " to = syslog, or a file\n"))
 
 
 class ReloadTest(unittest.TestCase):
