@@ -3345,7 +3345,7 @@ def write_bundle(path: str) -> None:
     _, failure = load_backends()
     if failure:
         raise ConfigError(f"--bundle: {failure}")
-    files = {"__main__.py": "import fingerd\nfingerd.run()\n"}
+    files = {"__main__.py": "import sys, fingerd\nsys.exit(fingerd.main())\n"}
     for name, module in [("fingerd", __name__),
                          ("fingerd_backends", "fingerd_backends")]:
         loader: Any = sys.modules[module].__loader__
@@ -3472,10 +3472,9 @@ def say(text: str) -> None:
 def complain(text: str, level: str = "error") -> None:
     """Write to stderr, each line with the program's name in front."""
     head = f"<{SEVERITY[level]}>" if is_journal() else "fingerd: "
-    for line in text.split("\n"):
-        data = to_wire(head + line).replace(b"\r\n", b"\n")
-        with contextlib.suppress(OSError):
-            os.write(2, data)
+    data = to_wire(re.sub("(?m)^", head, text)).replace(b"\r\n", b"\n")
+    with contextlib.suppress(OSError):
+        os.write(2, data)
 
 
 def open_standard_streams() -> None:
@@ -3497,24 +3496,18 @@ def main(argv: list[str] | None = None) -> int:
     """
     open_standard_streams()
     try:
-        args = parse_options(sys.argv[1:] if argv is None else argv)
-        return carry_out(args, Log())
+        with attempt("go on"):      # without a free descriptor, for example
+            return carry_out(
+                parse_options(sys.argv[1:] if argv is None else argv), Log())
     except ConfigError as error:
         complain(str(error))
         return 2
     except StartError as error:
         complain(str(error).replace("\n", "\\n"))
-    except OSError as error:        # for example, no descriptor is free
-        complain(f"cannot go on: {reason(error)}")
     except KeyboardInterrupt:       # before there is anything to end cleanly
         pass
     return 1
 
 
-def run() -> None:
-    """Run as a script or zipapp: exit with the status of main()."""
-    sys.exit(main())
-
-
 if __name__ == "__main__":
-    run()
+    sys.exit(main())
