@@ -781,30 +781,29 @@ class Picky:
 
 
 class SettingsTest(Case):
-    def errors(self, text, overrides=None):
-        """Give the messages about a config, without the path in front."""
-        with config_file(text) as path:
-            with self.assertRaises(fingerd.ConfigError) as caught:
-                fingerd.read_config(path, print, overrides)
-            self.bad_config = caught.exception.config
-            return str(caught.exception).replace(path, "FILE").split("\n")
+    def check(self, rows, options=(), overrides=None):
+        """Check how errors begin: each behind its line of a config and " | ".
 
-    def check_errors(self, *rows, overrides=None, options=()):
-        """Check a config of (line, error...), and the errors of options."""
-        wanted = [*options, *(
-            f"FILE:{number}: {error}" for number, (_, *errors)
-            in enumerate(rows, 1) for error in errors)]
-        place = "in FILE" if len(wanted) > len(options) else (
-            "on the command line")
+        Those of options come first.  Gives what the errors leave.
+        """
+        lines = [row.split(" | ") for row in rows.split("\n")]
+        wanted = [*options, *(f"FILE:{number}: {error.strip()}"
+                              for number, (_, *errors) in enumerate(lines, 1)
+                              for error in errors)]
+        with config_file("\n".join(line for line, *_ in lines)) as path, \
+                self.assertRaises(fingerd.ConfigError) as caught:
+            fingerd.read_config(path, print, overrides)
+        *errors, count = str(caught.exception).replace(
+            path, "FILE").split("\n")
+        places = "on the command line", "in FILE"
+        self.assertEqual([error[:len(begin)] for error, begin in
+                          itertools.zip_longest(errors, wanted, fillvalue="")],
+                         wanted)
         self.assertEqual(
-            self.errors("".join(row[0] + "\n" for row in rows), overrides),
-            [*wanted, f"{len(wanted)} error{'s' * (len(wanted) > 1)} {place},"
-             " not started"])
-
-    def warnings(self, text):
-        with config_file(text) as path:
-            return [warning.replace(path, "FILE") for warning
-                    in fingerd.read_config(path, print).warnings]
+            count, f"{len(wanted)} error{'s' * (len(wanted) > 1)}"
+            f" {places[len(wanted) > len(options)]},"
+            " not started")
+        return caught.exception.config
 
     def test_has_defaults_for_an_empty_file(self):
         config = read_config("")
@@ -818,7 +817,7 @@ class SettingsTest(Case):
 
     def test_converts_values(self):
         for kind, values in {
-                "yes/no": {"Yes": True, "on": True, "1": True,
+                "yes/no": {"Yes": True, "on": True, "1": True, "true": True,
                            "FALSE": False, "off": False, "0": False},
                 "seconds": {"1.5": 1.5, "0.001": 0.001, "31622400": 31622400},
                 "period": {"0": 0}, "limit": {"0": 0},
@@ -831,15 +830,15 @@ class SettingsTest(Case):
                               (("*", 79), ("::1", 80), ("h", 0))},
                 "next hops": {"no": {}, "A.example. b:7 [::1]":
                               {"a.example": 79, "b": 7, "::1": 79}},
+                "server": {"": None, "A.": ("a", 79)},
                 "backends": {"users web:staff": ("users", "web:staff")},
                 "octal": {"0027": 0o27, "777": 0o777},
                 "path": {"": "", "a b": "a b"}, "log": {"-x": "-x"},
                 "directory": {"": "", "/x": "/x"},
                 "word": {"x" * 32: "x" * 32}, "level": {"DEBUG": "debug"},
                 "syslog": {"/dev/log": "/dev/log", "h:514": ("h", 514)},
-                "user": {"": None, "0": ("root", 0, 0),
-                         "root": ("root", 0, 0), "4294967294":
-                         ("4294967294", 4294967294, None)},
+                "user": {"": None, "0": ("root", 0, 0), "root": ("root", 0, 0),
+                         "4294967294": ("4294967294", 4294967294, None)},
                 "group": {"": None, "4294967294": 4294967294,
                           grp.getgrgid(0).gr_name: 0}}.items():
             for text, value in values.items():
@@ -848,220 +847,167 @@ class SettingsTest(Case):
                     self.assertEqual(converted, value)
                     self.assertIs(type(converted), type(value))
 
+    def test_a_network_of_mapped_addresses_is_the_ipv4_one(self):
+        for text, meant in [
+                ("::ffff:127.0.0.0/104 ::ffff:0:0/96 ::ffff:192.0.2.7",
+                 ["127.0.0.0/8", "0.0.0.0/0", "192.0.2.7/32"]),
+                ("::fffe:0:0/95 ::/80", ["::fffe:0:0/95", "::/80"]),
+                ("::/0 192.0.2.0/24", ["::/0", "192.0.2.0/24"])]:
+            self.assertEqual(
+                list(map(str, fingerd.KINDS["networks"](text))), meant)
+
     def test_rejects_values(self):
-        address = "is not host:port or [v6 address]:port"
-        for kind, wrong, *texts in [
-                ("yes/no", "is not one of yes, true, on, 1, no, false, off,"
-                 " 0", "maybe", ""),
-                ("seconds", "is not a number of seconds", "ten", "-1", "1e3",
-                 "9" * 5000, "\u0661", "1."),
-                ("seconds", "is not between 0.001 and 31622400", "0",
-                 "31622401"),
-                ("size", "is not a size in bytes", "1G", "64 K", "1.5K", ""),
-                ("size", "is not between 16 and 1000000000", "15",
-                 "999999999999M"),
-                ("count", "is not a whole number", "1_0", "1.0", "-1"),
-                ("count", "is not between 1 and 1000000000", "0"),
-                ("limit", "is not between 0 and 1000000000", "1000000001"),
-                ("networks", "is not a list of networks (10.0.0.1/8 has host"
-                 " bits set); write e.g. 192.0.2.0/24 2001:db8::/32",
-                 "::/0 10.0.0.1/8"),
-                ("addresses", "is empty", "", " "),
-                ("addresses", address, "localhost", "::1:79", "h:65536",
-                 "h:-1", ":79", "a\0b:79"),
-                ("next hops", "is neither no nor a list of hosts", "yes", "",
-                 "*"),
-                ("next hops", address, "a:b"), ("backends", "is empty", ""),
-                ("level", "is not one of debug, info, notice, warning, error",
-                 "loud"),
-                ("log", "is not stderr, syslog or a path", ""),
-                ("directory", "is not an absolute path; write e.g."
-                 " /var/empty", "x"),
-                ("octal", "is not an octal mask", "8", "7777"),
-                ("word", "is not a word of 1 to 32 ASCII characters", "a b",
-                 "", "x" * 33), ("syslog", address, "log"),
-                ("user", "is not between 0 and 4294967294", "4294967295",
-                 "99999999999"),
-                ("user", "is not a user of this system; create it (adduser"
-                 " --system a b), or leave user empty for nobody", "a b"),
-                ("group", "is not between 0 and 4294967294", "4294967295"),
-                ("group", "is not a group of this system; create it (addgroup"
-                 " --system a b), or leave group empty for the user's",
-                 "a b")]:
+        for row in """\
+yes/no | is not one of yes, true, on, 1, no, false, off, 0 | maybe |
+seconds | is not a number of seconds | ten | -1 | 1e3 | \u0661 | 1.
+seconds | is not a number of seconds | 1234567890123
+seconds | is not between 0.001 and 31622400 | 0 | 31622401
+size | is not a size in bytes | 1G | 64 K | 1.5K |
+size | is not between 16 and 1000000000 | 15 | 999999999999M
+reply size | is not between 64 and 1000000000 | 63
+count | is not a whole number | 1_0 | 1.0 | -1
+count | is not between 1 and 1000000000 | 0
+limit | is not between 0 and 1000000000 | 1000000001
+networks | is not a list of networks (10.0.0.1/8 has host | ::/0 10.0.0.1/8
+addresses | is empty |
+addresses | is not host:port or [v6 address]:port | h | ::1:79 | h:65536 | h:-1
+addresses | is not host:port or [v6 address]:port | :79 | a\0b:79
+next hops | is neither no nor a list of hosts | yes | * |
+next hops | is not host:port or [v6 address]:port | a:b
+server | is not a host; write e.g. host = two.example.org | *:7
+backends | is empty |
+level | is not one of debug, info, notice, warning, error | loud
+log | is not stderr, syslog or a path |
+directory | is not an absolute path; write e.g. /var/empty | x
+octal | is not an octal mask | 8 | 7777
+word | is not a word of 1 to 32 ASCII characters | a b | \u0661 |
+word | is not a word | 123456789012345678901234567890123
+syslog | is not host:port or [v6 address]:port | log
+user | is not between 0 and 4294967294 | 4294967295
+user | is not a user of this system; create it (adduser --system a b), or | a b
+group | is not between 0 and 4294967294 | 4294967295
+group | is not a group of this system; create it (addgroup --system a b) | a b
+""".splitlines():
+            kind, wrong, *texts = row.split(" |")
             for text in texts:
                 with self.subTest(kind=kind, text=text):
                     with self.assertRaises(ValueError) as caught:
-                        fingerd.KINDS[kind](text)
-                    self.assertEqual(str(caught.exception), wrong)
-
-    def test_a_network_of_mapped_addresses_is_the_ipv4_one(self):
-        for text, meant in [
-                ("::ffff:127.0.0.0/104", "127.0.0.0/8"),
-                ("::ffff:0:0/96", "0.0.0.0/0"),
-                ("::ffff:192.0.2.7", "192.0.2.7/32"),
-                ("::fffe:0:0/95", "::fffe:0:0/95"), ("::/0", "::/0"),
-                ("::/80", "::/80"), ("192.0.2.0/24", "192.0.2.0/24")]:
-            with self.subTest(text=text):
-                self.assertEqual(
-                    list(map(str, fingerd.KINDS["networks"](text))), [meant])
+                        fingerd.KINDS[kind](text.strip())
+                    self.assertIn(wrong.strip(), str(caught.exception))
 
     def test_reports_all_errors_in_line_order_with_their_count(self):
-        indented = ("indented line outside a text value; write it without"
-                    " spaces in front")
-        neither = ("is neither a section nor a setting; write [section] or"
-                   " name = value")
-        self.check_errors(
-            ("  first", indented),
-            ("stray = 1", "stray: outside any section; write its [section]"
-                          " above it"),
-            ("[server]",),
-            ("  under a header", indented),
-            ("listen = nowhere", 'listen: "nowhere" is not host:port or [v6'
-             " address]:port; write e.g. listen = localhost:1079"),
-            ("# between",),
-            ("  indented = 1", indented),
-            ("user_list = perhaps", 'user_list: "perhaps" is not one of yes,'
-             " true, on, 1, no, false, off, 0; write e.g. user_list = no"),
-            ("bakend = users", "bakend: no such setting; did you mean"
-                               " backend?"),
-            ("[limits]",),
-            ("timeout = ten", 'timeout: "ten" is not a number of seconds;'
-                              " write e.g. timeout = 10"),
-            ("timeout = 5", "timeout: already on line 11; write it once"),
-            ("max_client = 5", "max_client: no such setting; did you mean"
-                               " max_clients?"),
-            (" what = this",),
-            ("nonsense", f'"nonsense" {neither}'),
-            ("= nothing", f'"= nothing" {neither}'),
-            ("[server]", "[server]: already on line 3; write it once"),
-            ("[serve]", "[serve]: no such section; did you mean [server]?"),
-            ("[broken", f'"[broken" {neither}'),
-            ("[limits]", "[limits]: already on line 10; write it once"),
-            ("timeout = x", "timeout: already on line 11; write it once"),
-            ("max_query = 1", 'max_query: "1" is not between 16 and'
-             " 1000000000; write e.g. max_query = 512"),
-            ("max_reply = 10 ; bytes", 'max_reply: "10 ; bytes" is not a size'
-             " in bytes; write e.g. max_reply = 64K"),
-            ("[daemon]",),
-            ("user = fingerd-79",   # never is the advice to be root
-             'user: "fingerd-79" is not a user of this system; create it'
-             " (adduser --system fingerd-79), or leave user empty for nobody"),
-            ("umask = 8",           # the command line overrides it
-             'umask: "8" is not an octal mask; write e.g. umask = 027'),
-            overrides={"umask": "9", "user": "who-79", "to": ""},
-            options=[
-                '--logfile: "" is not stderr, syslog or a path; write e.g.'
-                " --logfile stderr",
-                '--umask: "9" is not an octal mask; write e.g. --umask 027',
-                '--user: "who-79" is not a user of this system; create it'
-                " (adduser --system who-79), or leave user empty for nobody"])
-        self.check_errors(("",), overrides={"umask": "9"}, options=[
-            '--umask: "9" is not an octal mask; write e.g. --umask 027'])
+        self.check("""\
+  first | indented line outside a text value; write it without
+stray = 1 | stray: outside any section; write its [section] abov
+[server]
+  under a header | indented line
+listen = nowhere | listen: "nowhere" is not host:port or [v6 address]:p
+# between
+  indented = 1 | indented line
+bakend = users | bakend: no such setting; did you mean backend?
+[limits]
+timeout = ten | timeout: "ten" is not a number of seconds; write e.g
+timeout = 5 | timeout: already on line 10; write it once
+ what = this
+nonsense | "nonsense" is neither a section nor a setting; write
+= nothing | "= nothing" is neither
+[server] | [server]: already on line 3; write it once
+[broken | "[broken" is neither
+[limits] | [limits]: already on line 9; write it once
+timeout = x | timeout: already on line 10; write it once
+max_reply = 10 ; bytes | max_reply: "10 ; bytes" is not a size in bytes; write
+[daemon]
+user = fingerd-79 | user: "fingerd-79" is not a user of this system
+umask = 8 | umask: "8" is not an octal mask; write e.g. umask = 0
+pidfile = a\x1bb | pidfile: "a\x1bb" has control characters; remove them
+""", ['--logfile: "" is not stderr, syslog or a path; write e.g. --logfile st',
+      '--umask: "9" is not an octal mask; write e.g. --umask 027',
+      '--user: "who-79" is not a user of this system; create it (adduser'],
+                   {"umask": "9", "user": "who-79", "to": ""})
+        self.check("", ['--umask: "9" is not an octal mask'], {"umask": "9"})
         for space in ("\t", "\x0c", "\xa0", "\u2003"):
-            self.check_errors(("[limits]",), ("",), ("#",),
-                              (f"{space}x = y", indented))
-        self.assertEqual(self.errors(b"[users]\na = \xe9\n"),
-                         ["FILE:2: is not UTF-8; convert the file, e.g. with"
-                          " iconv -f latin1 -t utf-8"])
+            self.check(f"[limits]\n\n#\n{space}x = y | indented line")
+        with self.assertRaisesRegex(
+                fingerd.ConfigError, r":2: is not UTF-8; convert the file, e\."
+                                     "g. with iconv -f latin1 -t utf-8$"):
+            read_config(b"[users]\na = \xe9\n")
 
     def test_guesses_what_an_unknown_name_means(self):
-        there = ("there are [server], [limits], [daemon], [log], [aliases],"
-                 " [users], [remote], [accounts], [files], [finger], [sql],"
-                 " [web]")
-        for name, guess in [
-                ("user", "did you mean [users]?"), ("DEFAULT", there),
-                ("webb", "did you mean [web]?"), ("", there),
-                ("limit", "did you mean [limits]?")]:
-            self.check_errors(
-                (f"[{name}]", f"[{name}]: no such section; {guess}"))
-        for name, guess in [
-                ("user", "did you mean users?"),
-                ("log", "there are users, remote, accounts, files, finger,"
-                        " sql, web")]:
-            self.check_errors(("[server]",), (
-                f"backend = users {name}",
-                f'backend: "{name}" is not a backend; {guess}'))
-        # Names that a log could not hold.
+        self.check("""\
+[user] | [user]: no such section; did you mean [users]?
+[DEFAULT] | [DEFAULT]: no such section; there are [server], [limits],
+[webb] | [webb]: no such section; did you mean [web]?
+[] | []: no such section; there are [server], [limits],
+[limit] | [limit]: no such section; did you mean [limits]?
+[server]
+backend = usr log | backend: "log" is not a backend; there are users, remote,\
+ | backend: "usr" is not a backend; did you mean users?
+[web:"x] | [web:"x]: no such section; did you mean [web]?
+""")
         for name in ("finger:st\u00e4ff", 'web:"x', "web:", "Web"):
-            with self.subTest(name=name):
-                self.assertRegex(
-                    self.errors(f"[server]\nbackend = {name}\n")[0],
-                    f'^FILE:2: backend: "{name}" is not a backend; did you')
-                self.assertRegex(
-                    self.errors(f"[{name}]\n")[0],
-                    f"^FILE:1: \\[{name}]: no such section; did you mean")
+            self.check(     # a log could not hold it
+                f'[server]\nbackend = {name} | backend: "{name}" is not a'
+                " backend; did you mean")
 
     def test_rejects_users_that_nobody_can_ask_for(self):
-        no_query = ("no query can match this name; write it without spaces"
-                    " and @")
-        self.check_errors(
-            ("[users]",), ("al ice = x", f"al ice: {no_query}"),
-            ("al@ice = x", f"al@ice: {no_query}"), ("alice = 1",),
-            ("Alice = 2", "Alice: already on line 4; write it once"),
-            ("/W = 3", f"/W: {no_query}"),
-            ("a\x1bb = 4", f"a\x1bb: {no_query}"))
+        self.check("""\
+[users]
+al ice = x | al ice: no query can match this name; write it witho
+al@ice = x | al@ice: no query can match
+alice = 1
+Alice = 2 | Alice: already on line 4; write it once
+/W = 3 | /W: no query can match
+a\x1bb = 4 | a\x1bb: no query can match
+""")
 
     def test_an_error_leaves_the_other_settings(self):
         """A daemon can be found by the pidfile of a config with errors."""
-        self.errors("[daemon]\npidfile = /run/x\numask = 9\n[nonsense]\n")
-        self.assertEqual(self.bad_config.daemon.pidfile, "/run/x")
-        self.assertEqual(self.bad_config.daemon.umask, 0o027)
-        self.errors("[daemon]\npidfile = \x1b\n")
-        self.assertEqual(self.bad_config.daemon.pidfile, "")
+        daemon = self.check("[daemon]\npidfile = /run/x\numask = 9 | umask: \n"
+                            "[nonsense] | [nonsense]: ").daemon
+        self.assertEqual((daemon.pidfile, daemon.umask), ("/run/x", 0o027))
 
     @mock.patch.dict(fingerd.BACKENDS, picky=Picky)
     def test_reports_all_that_backends_say_where_it_belongs(self):
-        no_fit = "shape: does not fit into /srv; cut it"
-        self.check_errors(
-            ("[daemon]",), ("chroot = /srv",), ("[server]",),
-            ("backend = picky nosuch picky:two picky:three picky finger"
-             " picky:4 picky:5", f"[picky:three]: {no_fit}",
-             'backend: "nosuch" is not a backend; there are users, remote,'
-             " picky, accounts, files, finger, sql, web",
-             "backend: names one twice; name each once"),
-            ("[picky:4]",), ("shape = big", no_fit), ("[picky:5]", no_fit),
-            ("[picky]",),
-            ("size = 1", 'size: "1" is not between 16 and 1000000000; write'
-                         " e.g. size = 1K"),
-            ("color = bad", "color: bad; write good"),
-            ("colour = red", "colour: no such setting; did you mean color?"),
-            ("[picky:two]", "size: bad; write good"),
-            ("color = bad", "color: bad; write good"),
-            ("[finger]",), ("# here",),
-            ("command = no-such-program-79",
-             'command: "no-such-program-79" begins neither with a program in'
-             " /usr/local/bin:/usr/bin:/bin nor with the path of one; install"
-             " it, or correct its name"),
-            ("max_output = 1", 'max_output: "1" is not between 16 and'
-             " 1000000000; write e.g. max_output = 64K"))
-        # Of those that are not used: names and values only.
-        self.check_errors(
-            ("[server]",), ("backend = users nosuch", 'backend: "nosuch" is'
-             " not a backend; there are users, remote, picky, accounts,"
-             " files, finger, sql, web"), ("[web:x]",),
-            ("cashe = 1", "cashe: no such setting; did you mean cache?"),
-            ("cache = x", 'cache: "x" is not a number of seconds; write e.g.'
-                          " cache = 60"), ("url = not a url",))
-
-    def test_warns_of_what_is_not_used_and_what_backends_say(self):
-        with mock.patch.dict(fingerd.BACKENDS, picky=Picky):
-            self.assertEqual(self.warnings("""[web]
-url = not a url
+        self.check("""\
 [server]
-backend = picky picky:two
-[picky:two]
-shape = round
-color = odd
+backend = picky nosuch picky:two picky:three picky finger picky:4 picky:5 |\
+ [picky:three]: shape: does not fit into /srv; cut it |\
+ backend: "nosuch" is not a backend; there are users, remote, picky, account |\
+ backend: names one twice; name each once
+[picky:4]
+shape = big | shape: does not fit into /srv; cut it
+[picky:5] | shape: does not fit into /srv; cut it
 [picky]
-color = odd
-shape = odd
-[users]
-[limits]
-"""), ["FILE:1: [web]: is not used; add web to backend, or remove the section",
-                "FILE:7: color: odd is odd", "FILE:9: color: odd is odd",
-                "FILE:10: shape: odd is odd",
-                "FILE:11: [users]: is not used; add users to backend, or"
-                " remove the section"])
+size = 1 | size: "1" is not between 16 and 1000000000; write
+color = bad | color: bad; write good
+colour = red | colour: no such setting; did you mean color?
+[picky:two] | size: bad; write good
+color = bad | color: bad; write good
+[finger]
+# here
+command = no-such-79 | command: "no-such-79" begins neither with a program
+max_output = 1 | max_output: "1" is not between
+[web:x]
+cashe = 1 | cashe: no such setting; did you mean cache?
+cache = x | cache: "x" is not a number of seconds
+url = of what is not used only names and values are checked
+[daemon]
+chroot = /srv
+""")
+
+    @mock.patch.dict(fingerd.BACKENDS, picky=Picky)
+    def test_warns_of_what_is_not_used_and_what_backends_say(self):
+        config = read_config("[web]\nurl = not a url\n[server]\nbackend ="
+                             " picky picky:two\n[picky:two]\nshape = round\n"
+                             "color = odd\n[picky]\ncolor = odd\nshape = odd\n"
+                             "[users]\n[limits]\n")
+        unused = "is not used; add {0} to backend, or remove the section"
+        self.assertEqual(
+            [warning.replace(config.path, "") for warning in config.warnings],
+            [":1: [web]: " + unused.format("web"),
+             ":7: color: odd is odd", ":9: color: odd is odd",
+             ":10: shape: odd is odd", ":11: [users]: "
+             + unused.format("users")])
 
     def test_a_reload_keeps_the_daemon_and_looks_up_no_name(self):
         old = read_config("[daemon]\nuser = nobody\nchroot = /srv\n")
@@ -1075,12 +1021,9 @@ shape = odd
             config = fingerd.read_config(path, print, {"user": "other"}, old)
             self.assertIs(config.daemon, old.daemon)
             self.assertEqual(config.raw_values["daemon", "user"], "other")
-            with open(path, "a") as file:
-                file.write("usr = 1\n")
-            with self.assertRaisesRegex(
-                    fingerd.ConfigError,
-                    ":12: usr: no such setting; did you mean user"):
-                fingerd.read_config(path, print, None, old)
+        with config_file(text + "usr = 1") as path, self.assertRaisesRegex(
+                fingerd.ConfigError, ":12: usr: no such setting; did you"):
+            fingerd.read_config(path, print, None, old)
 
     def test_keeps_the_lines_of_texts(self):
         config = read_config("\ufeff[users]\r\na = one\r\n"
@@ -1096,8 +1039,7 @@ shape = odd
         self.assertEqual(config.server.header, "a\nb")
 
     def test_says_when_a_file_cannot_be_read(self):
-        missing = os.path.join(tempfile.gettempdir(), "no", "such.conf")
-        for path, reason in [(missing, "no such file or directory"),
+        for path, reason in [("/no/such.conf", "no such file or directory"),
                              (str(HERE), "is a directory")]:
             with self.assertRaises(fingerd.ConfigError) as caught:
                 fingerd.read_config(path, print)
