@@ -594,8 +594,7 @@ MAX_PAGES = 250         # in a cache: some 64 MB, if all are max_output long
 MAX_REDIRECTS = 5       # between an old address of a page and its newest
 WEB_URL = re.compile(r"https?://(?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d{1,5})?"
                      r"(?:[/?][!-\"$-~]*)?", re.ASCII)
-TEXT_TYPE = re.compile(r"(?P<html>text/html|application/xhtml\+xml)"
-                       r"|text/.*|application/(?:(?:.*\+)?(?:json|xml)|yaml)")
+TEXT_TYPE = re.compile(r"text/.*|application/(.*\+)?(json|xml|yaml)")
 
 
 def choose_template(url: str, prefix: str) -> str:
@@ -778,12 +777,11 @@ class WebBackend:
             return None
         if response.status != 200:
             raise OSError(f"{response.status} {response.reason}")
-        found = TEXT_TYPE.fullmatch(kind)
-        if not found:
+        if not TEXT_TYPE.fullmatch(kind):
             raise OSError(f'its type "{kind}" is not text')
         if coding not in ("", "identity"):
             raise OSError(f'its encoding "{coding}" was not asked for')
-        limit, is_html = self.options["max_output"], found["html"]
+        limit, is_html = self.options["max_output"], "html" in kind
         with self.turn:
             response.fp.raw.turn = self.turn
             response.fp.raw.left += limit
