@@ -302,7 +302,7 @@ def truncate(data: bytes, limit: int) -> bytes:
     end = data.rfind(b"\r\n", 0, room)
     if end >= 0:
         return data[:end + 2] + TRUNCATED
-    start = data[:max(0, room - 2)].decode("utf-8", "ignore").rstrip("\r")
+    start = data[:max(0, room - 2)].decode("utf-8", "ignore")
     return (start.encode() + b"\r\n" if start else b"") + TRUNCATED
 
 

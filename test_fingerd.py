@@ -571,6 +571,7 @@ class QueryTest(unittest.TestCase):
         query("--"): [b"--\r\n"],
         query("alice", "bob"): [b"alice bob\r\n", b"alice@localhost bob\r\n"],
         query(*"abcdefgh"): [b"a b c d e f g h\r\n"],
+        query("a", "PROXY", "TCP4"): [b"a PROXY TCP4\r\n"],
         query("j\u00fcrgen"): ["j\u00fcrgen\r\n".encode()],
         query("a\u00a0b"): ["a\u00a0b\r\n".encode()],
         query("a\u2003b"): ["a\u2003b\r\n".encode()],
@@ -590,9 +591,10 @@ class QueryTest(unittest.TestCase):
         b"\0\r\n", b"al\0ice\r\n", b"alice\0\r\n", b"\x1b[2J\r\n",
         b"al\x07ice\r\n", b"al\x7fice\r\n", b"a\rb\r\n", b"a\x0bb\r\n",
         b"a\x0cb\r\n", b"\xe9\r\n", b"\xc3\r\n", b"\xed\xa0\x80\r\n",
-        b"\xc0\xaf\r\n", "a\u0085b\r\n".encode(), "a\u009bb\r\n".encode(),
+        b"\xc0\xaf\r\n", "a\u0080b\r\n".encode(), "a\u009fb\r\n".encode(),
         b"\xff\xffalice\r\n", b"\xff\xff\xfb\x01alice\r\n",
-        b"/W@localhost\r\n", b"a b c d e f g h i\r\n", b"al\rice\r\n",
+        b"/W@localhost\r\n", b"/w@localhost\r\n", b"a\x1fb\r\n",
+        b"a b c d e f g h i\r\n", b"al\rice\r\n",
     ]
 
     def test_understands_every_form_that_clients_send(self):
@@ -668,22 +670,6 @@ class QueryTest(unittest.TestCase):
                                  for _ in range(3)) for number in (500, 4000))
                 self.assertLess(many, few * 25)     # not 64 times as much
 
-    def test_raises_nothing_but_malformed_query_on_noise(self):
-        seeded = random.Random(1288)
-        alphabet = [b"/W", b"@", b" ", b"\t", b"\r", b"\n", b"\0", b"\xff",
-                    b"\xfa", b"\xf0", b"\xfb", b"alice", b"localhost", b"-",
-                    b"\xc3\xa9", b"\xe2\x80\xae", b"\x1b", b".", b"*"]
-        for _ in range(4000):
-            line = b"".join(seeded.choices(alphabet, k=seeded.randrange(12)))
-            try:
-                result = understand(line)
-            except fingerd.MalformedQuery:
-                continue
-            self.assertLessEqual(len(result.users), fingerd.MAX_USERS)
-            for user in result.users:
-                self.assertNotRegex(user, r"[\0-\x20\x7f-\x9f@]")
-                self.assertNotIn(user, ("", "/W", "/w"))
-
 
 # ---- Reply ----------------------------------------------------------------
 
@@ -699,25 +685,16 @@ class ReplyTest(unittest.TestCase):
                 ("\u2066\u2069", b"\\u2066\\u2069\r\n"),
                 ("\u2028", b"\\u2028\r\n"), ("\x0b\x0c", b"^K^L\r\n"),
                 ("\udc80\udcff", b"\\x80\\xff\r\n"),
-                ("\ud800", b"\\ud800\r\n"),
+                ("\ud800\udfff", b"\\ud800\\udfff\r\n"),
                 ("j\u00fcrgen \u2603", "j\u00fcrgen \u2603\r\n".encode()),
                 ("\U0001f600", "\U0001f600\r\n".encode())]:
             with self.subTest(text=text):
                 self.assertEqual(fingerd.to_wire(text), wire)
 
-    def test_never_lets_anything_unsafe_through(self):
-        seeded = random.Random(1288)
-        for _ in range(500):
-            text = "".join(chr(seeded.choice([
-                seeded.randrange(0x20), seeded.randrange(0x7e, 0xa0),
-                seeded.randrange(0x2000, 0x2070), seeded.randrange(0x110000),
-                0x41, 0x0a])) for _ in range(seeded.randrange(40)))
-            wire = fingerd.to_wire(text)
-            self.assertTrue(wire.endswith(b"\r\n"))
-            self.assertNotRegex(wire.decode("utf-8"),
-                                "[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"
-                                "\u202a-\u202e\u2066-\u2069]")
-            self.assertNotRegex(wire, rb"[^\r]\n|\r[^\n]")
+    def test_lets_nothing_unsafe_through(self):
+        for start in (0, 0x2000, 0xd7f0, 0xdc00, 0xfff0):
+            text = "".join(map(chr, range(start, start + 0x100)))
+            self.assertNotRegex(fingerd.to_wire(text).decode(), UNSAFE_ON_WIRE)
 
     def test_cuts_at_a_line_and_says_so(self):
         for data, limit, cut in [
