@@ -711,6 +711,15 @@ class ReplyTest(unittest.TestCase):
                 self.assertEqual(fingerd.truncate(data, limit), cut)
                 self.assertLessEqual(len(cut), limit)
 
+    def test_joins_replies_of_which_the_worst_gives_the_outcome(self):
+        replies = [fingerd.Reply("unknown", b"a"), fingerd.Reply(
+            "answered", b"b", "x"), fingerd.Reply("failed", b"c", "y")]
+        for number, outcome in enumerate(("unknown", "answered", "failed"), 1):
+            self.assertEqual(fingerd.join_replies(replies[:number]).outcome,
+                             outcome)
+        self.assertEqual(fingerd.join_replies(replies * 2), (
+            "failed", b"a\r\nb\r\nc\r\na\r\nb\r\nc", "x,y"))
+
     def test_has_the_fixed_replies_to_the_byte(self):
         self.assertEqual(
             {outcome: reply.data
@@ -1403,6 +1412,8 @@ class AnswerTest(ServerCase):
         welcome = "welcome = Ask for moshez\n   or alice\n"
         around = "[server]\nheader = above\nfooter = below\n"
         own = "[server]\nhostname = Finger.example.org\n"
+        with self.assertRaisesRegex(fingerd.ConfigError, "between 64 and "):
+            read_config("[limits]\nmax_reply = 63\n")
         least = "[limits]\nmax_reply = 64\n[users]\nlong = " + "x" * 63
         host = socket.gethostname().encode()
         for text, table in [
@@ -1556,40 +1567,20 @@ class BackendsTest(ServerCase):
         self.assertEqual(reply, b"^[[2J\\u202e\r\n")
 
     @needs_more_addresses
-    def test_asks_at_most_max_threads_at_a_time_and_in_order(self):
-        asked, gate = [], threading.Semaphore(0)
-
-        def note(user, timeout):
-            asked.append(user)
-            self.assertTrue(gate.acquire(timeout=HANG))
-            return user
-        server = self.serve("[limits]\nmax_threads = 2\n" + USERS,
-                            ("test", TestBackend(note)))
-        socks = []
-        for n in range(6):
-            socks.append(self.send(server, b"u%d" % n, f"127.0.0.{n + 1}"))
-            server.wait_waiting(fingerd.ASK, n + 1)
-            wait_until(lambda: len(asked) == min(n + 1, 2), "a query")
-        self.assertEqual(server.server.lookups.threads.total, 2)
-        for n in range(6):
-            gate.release()
-            wait_until(lambda: len(asked) == min(n + 3, 6), "the next")
-        for n, sock in enumerate(socks):
-            self.assertEqual(read_all(sock), b"u%d\r\n" % n)
-        self.assertEqual(sorted(asked[:2]), ["u0", "u1"])
-        self.assertEqual(asked[2:], ["u2", "u3", "u4", "u5"])
-
-    @needs_more_addresses
-    def test_one_address_leaves_threads_to_others(self):
+    def test_one_address_leaves_some_of_max_threads_to_others(self):
         backend, server = self.serve_held("[limits]\nmax_threads = 8\n")
         greedy = [self.send(server, b"greedy") for _ in range(5)]
         server.wait_waiting(fingerd.ASK, 5)
         self.assertEqual(server.server.lookups.threads.total, 2)
-        other = self.send(server, b"other", "127.0.0.2")
-        for _ in range(3):
+        others = [self.send(server, b"other", f"127.0.0.{n}")
+                  for n in range(2, 10)]
+        for _ in range(8):
             self.assertTrue(backend.entered.acquire(timeout=HANG))
+        server.wait_waiting(fingerd.ASK, 13)
+        self.assertEqual(server.server.lookups.threads.total, 8)
         backend.release.set()
-        self.assertEqual(read_all(other), b"held other\r\n")
+        for sock in others:
+            self.assertEqual(read_all(sock), b"held other\r\n")
         self.assertEqual(read_all(greedy[-1]), b"held greedy\r\n")
 
     def test_asks_nothing_for_a_client_that_was_reset_while_queued(self):
@@ -2153,30 +2144,6 @@ class LoopTest(unittest.TestCase):
                 lookups.begin(lookups.next(places))
             self.assertEqual(lookups.threads.total, share)
 
-    def test_late_threads_give_their_places_to_others_but_not_for_ever(self):
-        lookups = fingerd.Lookups()
-        given = []
-        for n in range(9):
-            stub = Stub(str(n))
-            lookups.add(stub)
-            if lookups.next(2):
-                lookups.begin(stub)
-                lookups.give_up(stub)
-            given += [stub] * (stub not in lookups.queued.get(stub.key, ()))
-        self.assertEqual(lookups.threads.total, 4)
-        lookups.end(given[0])
-        self.assertEqual(repr(lookups.next(2)), "4")
-
-    def test_whoever_leaves_the_queue_is_not_asked_for(self):
-        lookups = fingerd.Lookups()
-        a, b = Stub("a"), Stub("a")
-        lookups.add(a)
-        lookups.add(b)
-        lookups.give_up(a)
-        self.assertEqual(lookups.next(1), b)
-        lookups.give_up(b)
-        self.assertEqual((lookups.next(1), lookups.threads), (None, {}))
-
     def test_the_door_is_closed_without_room_and_says_so_now_and_then(self):
         with tempfile.TemporaryDirectory() as directory:
             path = os.path.join(directory, "log")
@@ -2318,28 +2285,27 @@ class LimitsTest(ServerCase):
         server.in_loop(lambda: server.server.look_at_left(math.inf))
         self.assertLessEqual(" ".join(server.log()).count("full"), 1)
 
-    def test_a_crowd_at_one_address_leaves_room_to_another(self):
+    def test_a_crowd_at_one_listener_leaves_room_to_another(self):
         backend = self.enter(held())
         server = self.serve("[limits]\nmax_clients = 1\n", ("held", backend),
                             listen="127.0.0.1:0 127.0.0.1:0")
         first, second = (listener.getsockname()
                          for listener in server.server.door.listeners)
         socks = []
-        for number in range(12):
-            socks.append(self.enter(connect(
-                second if number in (1, 2) else first)))
-            socks[-1].sendall(b"u%d\r\n" % number)
-            socks[-1].shutdown(socket.SHUT_WR)  # its place is free then
-            if number == 0:
-                self.assertTrue(backend.entered.acquire(timeout=HANG))
+        for number in range(9):
+            sock = self.enter(connect(second if number == 2 else first))
+            sock.sendall(b"u%d\r\n" % number)
+            sock.shutdown(socket.SHUT_WR)       # its place is free then
+            socks.append(sock)
         backend.release.set()
         for sock in socks:
             self.assertIn(b"held u", read_all(sock))
             sock.close()
-        server.wait_log("outcome=answered", 12)
-        order = re.findall('q="(u[0-9]+)"', "\n".join(server.log()))
+        server.wait_log("outcome=answered", 9)
+        order = re.findall('q="(u[0-9])"', "\n".join(server.log()))
         self.assertLess(order.index("u2"), 6)
-        self.assertLess(order.index("u4"), 6)
+        self.assertEqual(sorted(set(order) - {"u2"}), [
+            user for user in order if user != "u2"])
 
     def test_an_address_holds_its_share_answered_or_not(self):
         server = self.serve("[limits]\nmax_clients_per_host = 3\n" + USERS)
@@ -2353,19 +2319,15 @@ class LimitsTest(ServerCase):
         self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
 
     def test_an_address_within_its_limit_is_never_refused(self):
-        for limit in (1, 2):
-            server = self.serve(f"[limits]\nmax_clients_per_host = {limit}\n"
-                                + USERS)
-            held_open = self.enter(contextlib.ExitStack())
-            for number in range(40):
-                sock = self.connect(server, b"moshez\r\n")
-                self.assertEqual(read_all(sock), HAPPY)
-                if number % 10 == 0:    # is watched then, not lingering
-                    wait_until(lambda: server.waiting(fingerd.CLOSE), "it")
-                held_open.close()
-                held_open.enter_context(sock)
-                if limit == 1:
-                    held_open.close()
+        server = self.serve("[limits]\nmax_clients_per_host = 2\n" + USERS)
+        before = self.connect(server)
+        for number in range(40):
+            sock = self.connect(server, b"moshez\r\n")
+            self.assertEqual(read_all(sock), HAPPY)
+            if number % 10 == 0:    # is watched then, not lingering
+                wait_until(lambda: server.waiting(fingerd.CLOSE), "it")
+            before.close()
+            before = sock
 
     def test_an_address_is_not_refused_for_those_that_have_closed(self):
         server = self.serve("[limits]\nmax_clients_per_host = 1\n" + USERS)
@@ -2374,17 +2336,6 @@ class LimitsTest(ServerCase):
                 for _ in range(3):
                     server.connect(data).close()
                 self.assertEqual(server.ask(b"moshez\r\n"), HAPPY, data)
-
-    @needs_more_addresses
-    def test_who_is_refused_takes_no_place_from_others(self):
-        server = self.serve("[limits]\nmax_clients = 20\n"
-                            "max_clients_per_host = 5\n" + USERS)
-        for _ in range(60):     # and none of them closes
-            self.connect(server)
-        start = time.monotonic()
-        other = self.connect(server, b"moshez\r\n", "127.0.0.2")
-        self.assertEqual(read_all(other), HAPPY)
-        self.assertLess(time.monotonic() - start, HANG / 2)
 
     def test_one_address_can_ask_only_so_often_also_what_is_no_query(self):
         for line, reply, logged in [
