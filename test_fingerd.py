@@ -63,6 +63,7 @@ from fingerd_backends import (
 HERE = pathlib.Path(__file__).resolve().parent
 PROGRAM = HERE / "fingerd.py"
 EXAMPLE = HERE / "fingerd.conf.example"
+README = HERE / "README"
 HANG = 10       # seconds: a guard against hangs, never what a test waits for
 
 USERS = """
@@ -1035,7 +1036,7 @@ chroot = /srv
                 " fingerd.conf.example")
 
 
-class ExampleTest(unittest.TestCase):
+class ExampleTest(Case):
     """The example config, the README and --help against the tables."""
 
     def rows(self):
@@ -1048,15 +1049,12 @@ class ExampleTest(unittest.TestCase):
         text = EXAMPLE.read_text()
         uncommented = re.sub(r"(?m)^#(?=[\w\[])", "", text)
         example, changed, empty = map(read_config, (text, uncommented, ""))
-        for section in {row.section for row in fingerd.SETTINGS}:
+        for section in fingerd.CORE:
             for config in (example, changed):
                 self.assertEqual(getattr(config, section),
                                  getattr(empty, section))
-        self.assertEqual(example.backends[0][1].replies,
-                         {"moshez": b"Happy and well\r\n"})
-        live = [line for line in text.splitlines()
-                if line and line[0] not in "#["]
-        self.assertEqual(live, ["moshez = Happy and well"])
+        self.assertEqual(re.findall(r"(?m)^[^#\[\n].*", text),
+                         ["moshez = Happy and well"])
 
     def test_example_names_every_setting_once_with_its_default(self):
         section, shown = "", []
@@ -1070,7 +1068,7 @@ class ExampleTest(unittest.TestCase):
             (row.section, row.name, row.default) for row in self.rows()))
 
     def test_example_stays_within_its_columns(self):
-        for path in (EXAMPLE, HERE / "README"):
+        for path in (EXAMPLE, README):
             for line in path.read_text().splitlines():
                 self.assertLessEqual(len(line), 76, line)
 
@@ -1088,54 +1086,41 @@ class ExampleTest(unittest.TestCase):
                 self.assertRegex(out, rf"(?m)^  (.* )?{flag}\b")
 
     def test_readme_commands_do_what_it_says(self):
-        readme = (HERE / "README").read_text()
-        self.assertIn("$ python3 fingerd.py --config fingerd.conf.example\n",
-                      readme)
+        start, check, query = re.findall(
+            r"\$ python3 fingerd\.py (--config.*)\n", README.read_text())
         with installed() as program:
-            program.serve("--config", "fingerd.conf.example", cwd=HERE)
-            self.assertEqual(ask(program.address, b"moshez\r\n"),
-                             b"Happy and well\r\n")
+            program.serve(*shlex.split(start), cwd=HERE)
+            self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
             self.assertEqual(program.stop(signal.SIGINT), 0)
-        commands = re.findall(
-            r"\$ python3 fingerd\.py (.*--(?:query|check).*)\n", readme)
-        self.assertEqual(len(commands), 2)
-        for command in commands:
-            status, out, err = run_fingerd(*shlex.split(command), cwd=HERE)
-            self.assertEqual((status, err), (0, ""), command)
-            self.assertIn(out, ("Happy and well\n",
-                                "fingerd.conf.example is good\n"))
+        for command, said in ((check, "fingerd.conf.example is good\n"),
+                              (query, "Happy and well\n")):
+            self.assertEqual(run_fingerd(*shlex.split(command), cwd=HERE),
+                             (0, said, ""))
 
     def recipe(self, name):
         """Give a config of the README, the one after a word or two."""
-        text = (HERE / "README").read_text().split(f"\n{name}.  ", 1)[1]
+        text = README.read_text().split(f"\n{name}.  ", 1)[1]
         return textwrap.dedent(text.split(":\n\n", 1)[1].split("\n\n")[0])
 
-    def test_the_decoy_of_the_readme_knows_nobody_and_logs_it(self):
-        with serving(self.recipe("A decoy")) as server:
-            for name in ("root", "admin"):
-                self.assertEqual(server.ask(name.encode() + b"\r\n"), UNKNOWN)
-                server.wait_log(f'q="{name}" outcome=unknown')
-            self.assertEqual(server.ask(b"\r\n"),
-                             b"Finger online user list denied\r\n")
-
-    def test_the_tilde_server_of_the_readme_answers_from_each_backend(self):
-        with tempfile.TemporaryDirectory() as folder:
-            write_file(folder, "news.txt", "None\n")
-            script = write_file(folder, "weather", "#!/bin/sh\necho $1\n")
-            os.chmod(script, 0o755)
-            text = self.recipe("A tilde server").replace(
-                "/srv/finger", folder).replace(
-                "/usr/local/bin/weather", script)
+    def test_recipes_of_the_readme_answer_as_it_says(self):
+        folder = self.enter(tempfile.TemporaryDirectory())
+        write_file(folder, "news.txt", "None\n")
+        script = write_file(folder, "weather", "#!/bin/sh\necho $1\n")
+        os.chmod(script, 0o755)
+        tilde = self.recipe("A tilde server").replace(
+            "/srv/finger", folder).replace("/usr/local/bin/weather", script)
+        for text, replies in [(tilde, {
+                b"help": b"Try a name, sysops, or weather:oslo.\r\n",
+                b"NEWS": b"None\r\n", b"root": UNKNOWN,
+                b"sysops": UNKNOWN + b"\r\n" + UNKNOWN,
+                b"weather:oslo": b"weather:oslo\r\n",
+                b"weather:-l": UNKNOWN}), (self.recipe("A decoy"), {
+                    b"root": UNKNOWN,
+                    b"": b"Finger online user list denied\r\n"})]:
             with serving(text) as server:
-                for line, reply in (
-                        ("help", b"Try a name, sysops, or weather:oslo.\r\n"),
-                        ("NEWS", b"None\r\n"), ("root", UNKNOWN),
-                        ("sysops", UNKNOWN + b"\r\n" + UNKNOWN),
-                        ("weather:oslo", b"weather:oslo\r\n"),
-                        ("weather:-l", UNKNOWN)):
+                for line, reply in replies.items():
                     with self.subTest(line):
-                        self.assertEqual(server.ask(line.encode() + b"\r\n"),
-                                         reply)
+                        self.assertEqual(server.ask(line + b"\r\n"), reply)
 
 
 # ---- Log ------------------------------------------------------------------
@@ -3191,182 +3176,104 @@ class ReloadTest(unittest.TestCase):
                               f" value={value}\n", log)
 
 
-class StatsTest(unittest.TestCase):
+class StatsTest(Case):
     """The text file for Prometheus."""
 
-    @contextlib.contextmanager
-    def counting(self, text, period=0.01):
-        """Serve, and keep a file current; give the server and the file."""
-        with tempfile.TemporaryDirectory() as directory, serving(
-                f"[server]\nstats = {directory}/x/f.prom\n{text}",
-                [("slow", TestBackend(lambda *args: "slow"))]) as server, \
-                mock.patch.object(fingerd, "STATS_PERIOD", period):
-            site = server.server.answers
-            program = fingerd.Daemon(site.config, site.log)
-            program.server = server.server
-            program.write_stats()
-            server.server.schedule(program.write_stats)
-            server.server.inbox.wake()
-            yield server, pathlib.Path(directory, "x", "f.prom")
-
-    def samples(self, text):
-        """Read the format by hand; give the values by names with labels."""
-        lines = [line for line in text.splitlines() if line[0] != "#"]
-        for line in lines:
-            self.assertRegex(line, r'^fingerd_\w+({\w+="[^"\\]*"'
-                                   r'(,\w+="[^"\\]*")*})? [\d.]+(e-\d+)?$')
-        values = dict(line.rsplit(" ", 1) for line in lines)
-        self.assertEqual(len(values), len(lines))
-        return {name: float(value) for name, value in values.items()}
-
-    def count_six(self):
-        """Give the file after six queries."""
-        with self.counting(USERS) as (server, path):
-            path.parent.mkdir()
-            for line in (b"moshez", b"moshez", b"bob", b"moshez bob", b"",
-                         b"a@b"):
-                server.ask(line + b"\r\n")
-            wait_until(lambda: path.exists() and self.samples(
-                path.read_text()).get("fingerd_query_seconds_count") == 6,
-                "six queries")
-            return path.read_text()
-
     def test_counts_by_outcome_and_backend_and_time(self):
-        samples = self.samples(self.count_six())
-        self.assertEqual(
-            {name: value for name, value in samples.items()
-             if "seconds" not in name}, {
-                'fingerd_queries_total{outcome="answered",backend="users"}': 2,
-                'fingerd_queries_total{outcome="answered",backend="slow"}': 1,
-                'fingerd_queries_total{outcome="answered",'
-                'backend="users,slow"}': 1,
-                'fingerd_queries_total{outcome="list-denied",backend="-"}': 1,
-                'fingerd_queries_total{outcome="forward-denied",'
-                'backend="-"}': 1,
-                "fingerd_clients": samples["fingerd_clients"],
-                "fingerd_threads": 0,
-                'fingerd_reloads_total{result="ok"}': 0,
-                'fingerd_reloads_total{result="failed"}': 0})
-        buckets = [value for name, value in samples.items()
-                   if "bucket" in name]
-        self.assertEqual(len(buckets), len(fingerd.BUCKETS) + 1)
-        self.assertEqual(buckets, sorted(buckets))
-        self.assertEqual(buckets[-1], 6)
-        self.assertEqual(samples['fingerd_query_seconds_bucket{le="10"}'], 6)
-        self.assertTrue(0 < samples["fingerd_query_seconds_sum"] < HANG)
-
-    def test_a_time_is_in_the_buckets_that_it_fits_into(self):
-        stats = fingerd.Stats()
-        for seconds in (0.0005, 0.3, 11):
-            stats.count(fingerd.GONE, seconds)
-        samples = self.samples(stats.text(2, 1, {"ok": 3}))
-        for bound, number in (("0.0005", 1), ("0.25", 1), ("0.5", 2),
-                              ("10", 2), ("+Inf", 3)):
-            self.assertEqual(
-                samples[f'fingerd_query_seconds_bucket{{le="{bound}"}}'],
-                number)
-        self.assertEqual(samples["fingerd_query_seconds_sum"], 11.3005)
-        self.assertEqual(samples["fingerd_query_seconds_count"], 3)
-        self.assertEqual(list(fingerd.BUCKETS), sorted(fingerd.BUCKETS))
-        self.assertEqual(fingerd.STATS_PERIOD, 15)
-        self.assertEqual(samples["fingerd_clients"], 2)
-        self.assertEqual(samples["fingerd_threads"], 1)
-        self.assertEqual(samples['fingerd_reloads_total{result="ok"}'], 3)
+        stats, both = fingerd.Stats(), fingerd.Reply("answered", b"", "a,b")
+        for reply, seconds in ((fingerd.GONE, 0.0005), (both, 0.3),
+                               (both, 11)):
+            stats.count(reply, seconds)
+        buckets = "".join(
+            f'fingerd_query_seconds_bucket{{le="{bound}"}} {number}\n'
+            for bound, number in [
+                ("0.0005", 1), ("0.001", 1), ("0.0025", 1), ("0.005", 1),
+                ("0.01", 1), ("0.025", 1), ("0.05", 1), ("0.1", 1),
+                ("0.25", 1), ("0.5", 2), ("1", 2), ("2.5", 2), ("5", 2),
+                ("10", 2), ("+Inf", 3)])
+        self.assertEqual(stats.text(2, 1, {"ok": 3, "failed": 0}), f"""\
+# TYPE fingerd_queries_total counter
+fingerd_queries_total{{outcome="gone",backend="-"}} 1
+fingerd_queries_total{{outcome="answered",backend="a,b"}} 2
+# TYPE fingerd_query_seconds histogram
+{buckets}fingerd_query_seconds_sum 11.300500
+fingerd_query_seconds_count 3
+# TYPE fingerd_clients gauge
+fingerd_clients 2
+# TYPE fingerd_threads gauge
+fingerd_threads 1
+# TYPE fingerd_reloads_total counter
+fingerd_reloads_total{{result="ok"}} 3
+fingerd_reloads_total{{result="failed"}} 0
+""")
 
     def test_a_write_that_fails_is_logged_once_until_one_succeeds(self):
-        with self.counting(USERS) as (server, path):
-            failed = "failed stats=.*f.prom reason=.*no such file"
-            for times in (1, 2):
-                server.wait_log(failed, times)
-                due, = server.server.chores.values()
-                wait_until(lambda: due + 0.05 < min(
-                    server.server.chores.values()), "more writes")
-                self.assertEqual(len(server.log()), times)
-                path.parent.mkdir()
-                wait_until(path.exists, "a write")
-                if times == 1:
-                    path.parent.rename(path.parent.with_name("away"))
-                    server.wait_log(failed, 2)
-            path.parent.rename(path.parent.with_name("away too"))
-            server.wait_log(failed, 3)
-            settings = server.server.answers.config.server
-            settings.stats = f"{path.parent}/g.prom"    # by a reload
-            server.wait_log("failed stats=.*g.prom reason=")
+        folder = pathlib.Path(self.enter(tempfile.TemporaryDirectory()), "x")
+        server = self.enter(serving(f"[server]\nstats = {folder}/f.prom"))
+        site = server.server.answers
+        program = fingerd.Daemon(site.config, site.log)
+        program.server = server.server
+        for times in (1, 2):
+            for _ in range(2):
+                self.assertEqual(program.write_stats(), 15)
+            self.assertEqual(len(server.log()), times)
+            server.wait_log("failed stats=.*f.prom reason=.*no such file")
+            folder.mkdir()
+            program.write_stats()
+            folder.joinpath("f.prom").unlink()
+            folder.rmdir()
+        program.write_stats()
+        site.config.server.stats = f"{folder}/g.prom"       # by a reload
+        program.write_stats()
+        server.wait_log("failed stats=.*g.prom reason=")
+        self.assertEqual(len(server.log()), 4)
 
     def test_the_file_is_whole_at_any_time_and_all_may_read_it(self):
-        with self.counting(USERS, period=0.001) as (server, path):
-            folder = path.parent.with_name("before")
-            folder.mkdir()
-            other = path.parent / "other"
-            folder.joinpath("f.prom.new").symlink_to(other)     # by a crash
-            folder.rename(path.parent)
-            wait_until(path.exists, "the file")
-            for _ in range(50):
-                server.ask(b"moshez\r\n")
-                text = path.read_text()
-                self.assertIn('fingerd_reloads_total{result="failed"}', text)
-                self.assertEqual(text[-1], "\n")
-            self.assertEqual(path.stat().st_mode & 0o777, 0o644)
-            self.assertFalse(other.exists())
+        def rename(old, new):
+            self.assertEqual(path.read_text(), "old")
+            os.replace(old, new)
 
-    def test_the_daemon_writes_it_at_the_start_and_the_end(self):
-        with installed(USERS) as program:
+        folder = pathlib.Path(self.enter(tempfile.TemporaryDirectory()))
+        path, other = folder / "f.prom", folder / "other"
+        path.write_text("old")
+        folder.joinpath("f.prom.new").symlink_to(other)     # by a crash
+        with mock.patch("os.rename", rename):
+            fingerd.replace_file(str(path), "new\n")
+        self.assertEqual(path.read_text(), "new\n")
+        self.assertEqual(path.stat().st_mode & 0o777, 0o644)
+        self.assertEqual(os.listdir(folder), ["f.prom"])
+
+    def test_the_daemon_writes_it_at_start_reload_and_end_if_wanted(self):
+        with installed() as program:
             folder = pathlib.Path(program.directory, "stats")
             folder.mkdir()
             folder.chmod(0o777)
-            path, text = folder / "fingerd.prom", f"[server]\nstats = {folder}"
-            args = []
-            if os.geteuid() == 0:
-                args = ["--chroot", program.directory]
-                os.chmod(program.config, 0o644)
-            program.write(f"{text}/fingerd.prom\n{USERS}")
-            self.assertEqual(program.start(*args), (0, "", ""))
-            wait_until(path.exists, "the first write")
-            self.assertIn('reloads_total{result="ok"} 0', path.read_text())
-            address = program.address
-            for event, more in (("reloaded", ""), ("reload-failed", "what"),
-                                ("reloaded", "")):
-                program.write(f"{text}/fingerd.prom\n{more}\n{USERS}")
-                os.kill(program.pid, signal.SIGHUP)
-                program.wait_log(event)
-                program.rotate()
-                os.kill(program.pid, signal.SIGHUP)
-                program.wait_log("reload")
-            self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
-            if os.geteuid() == 0:
-                self.assertEqual(path.stat().st_uid, pwd.getpwnam(
-                    "nobody").pw_uid)
-            self.assertEqual(program.run("--stop"), (0, "", ""))
-            samples = self.samples(path.read_text())
-            self.assertEqual(samples[
-                'fingerd_queries_total{outcome="answered",backend="users"}'],
-                1)
-            self.assertEqual(
-                (samples['fingerd_reloads_total{result="ok"}'],
-                 samples['fingerd_reloads_total{result="failed"}']), (4, 2))
-            self.assertEqual(os.listdir(folder), ["fingerd.prom"])
-
-    def test_a_reload_begins_and_ends_it(self):
-        with installed(USERS) as program:
-            folder = pathlib.Path(program.directory, "stats")
-            folder.mkdir()
-            folder.chmod(0o777)
-            path = folder / "f.prom"
-            self.assertEqual(program.start(), (0, "", ""))
+            path, text = folder / "f.prom", f"[server]\nstats = {folder}"
+            args = ["--chroot", program.directory] * (os.geteuid() == 0)
+            program.write(f"{text}/f.prom\n{USERS}")
             os.chmod(program.config, 0o644)
-            program.write(f"[server]\nstats = {path}\n{USERS}")
-            os.kill(program.pid, signal.SIGHUP)
-            wait_until(path.exists, "the file")
-            program.write(USERS)
-            os.kill(program.pid, signal.SIGHUP)
-            program.wait_log("reloaded", 2)
-            path.unlink()
+            self.assertEqual(program.start(*args), (0, "", ""))
+            self.assertIn('reloads_total{result="ok"} 0', path.read_text())
+            for config, event, times in [
+                    (USERS, "reloaded", 1), ("what", "reload-failed", 1),
+                    (f"{text}/f.prom\n{USERS}", "reloaded", 2)]:
+                path.unlink(missing_ok=True)
+                program.write(config)
+                os.kill(program.pid, signal.SIGHUP)
+                program.wait_log(event, times)
+            wait_until(path.exists, "a write")
             self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
             self.assertEqual(program.run("--stop"), (0, "", ""))
-            self.assertEqual(os.listdir(folder), [])
+            for line in ('queries_total{outcome="answered",backend="users"} 1',
+                         'reloads_total{result="ok"} 2',
+                         'reloads_total{result="failed"} 1'):
+                self.assertIn(f"fingerd_{line}\n", path.read_text())
+            if os.geteuid() == 0:
+                self.assertEqual(path.owner(), "nobody")
+            self.assertEqual(os.listdir(folder), ["f.prom"])
 
 
-class SyslogTest(unittest.TestCase):
+class SyslogTest(Case):
     @contextlib.contextmanager
     def syslog(self, path):
         """Be a syslog daemon at a path."""
@@ -3377,6 +3284,13 @@ class SyslogTest(unittest.TestCase):
             yield sock
         os.unlink(path)
 
+    def open_log(self, text):
+        """Open a log to syslog with these settings too."""
+        log = fingerd.Log()
+        log.open(read_config(f"[log]\nto = syslog\n{text}").log)
+        self.addCleanup(close_log, log)
+        return log
+
     def receive(self, sock, pattern):
         """Wait for a message; give its match."""
         while True:
@@ -3385,27 +3299,41 @@ class SyslogTest(unittest.TestCase):
                 return found
 
     def test_writes_to_a_socket_and_survives_a_restart_of_syslog(self):
-        with background(start=False) as program:
-            path = os.path.join(program.directory, "socket")
-            program.write(f"[log]\nsyslog_address = {path}\nfacility = local3"
-                          "\nprefix = who\n" + USERS)
-            with self.syslog(path) as sock:
-                self.assertEqual(program.start(log="syslog"), (0, "", ""))
-                pid, port = program.pid, self.receive(
-                    sock, rf"<157>who\[{program.pid}\]: ready listen="
-                          r"127\.0\.0\.1:(\d+) backend=users .*")[1]
-                address = ("127.0.0.1", int(port))
-                ask(address, b"moshez\r\n")
-                self.receive(sock, rf"<158>who\[{pid}\]: query client=.*")
-            for _ in range(2):      # the second comes when one is lost
-                ask(address, b"lost\r\n")
-            with self.syslog(path) as sock:
-                ask(address, b"moshez\r\n")
-                self.receive(sock, rf"<156>who\[{pid}\]: lost lines=[12]")
-                self.receive(sock, rf"<158>who\[{pid}\]: query client=.*"
-                                   'q="moshez" .*')
-                program.run("--stop")
-                self.receive(sock, rf"<157>who\[{pid}\]: stopped .*")
+        path = os.path.join(self.enter(tempfile.TemporaryDirectory()), "log")
+        with self.syslog(path) as sock:
+            log = self.open_log(f"syslog_address = {path}\nfacility = local3"
+                                "\nprefix = who\nlevel = debug")
+            for severity, level in enumerate(reversed(fingerd.LEVELS), 3):
+                log.event(level, "x", a="b c")
+                self.assertEqual(sock.recv(100).decode(), (
+                    f'<{19 * 8 + severity}>who[{os.getpid()}]: x a="b c"'))
+        for _ in range(2):
+            log.event("info", "lost")
+        with self.syslog(path) as sock:
+            log.event("info", "x")
+            self.receive(sock, "<156>.*: lost lines=2")
+            self.receive(sock, "<158>.*: x")
+
+    def test_a_syslog_that_does_not_keep_up_holds_nobody_up(self):
+        path = os.path.join(self.enter(tempfile.TemporaryDirectory()), "log")
+        with self.syslog(path) as sock:
+            log = self.open_log(f"syslog_address = {path}")
+            thread = threading.Thread(daemon=True, target=lambda: [
+                log.event("info", "x", a="x" * 9999) for _ in range(400)])
+            thread.start()
+            thread.join(HANG)
+            self.assertFalse(thread.is_alive())
+            self.assertLessEqual(len(sock.recv(65536)), fingerd.MAX_SYSLOG)
+
+    def test_writes_to_a_host_over_udp(self):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(HANG)
+            sock.bind(("127.0.0.1", 0))
+            log = self.open_log("syslog_address = localhost:"
+                                f"{sock.getsockname()[1]}\nformat = json")
+            log.event("notice", "x", a=1)
+            event = self.receive(sock, r"<29>fingerd\[\d+\]: (.*\"x\".*)")[1]
+            self.assertEqual(json.loads(event)["a"], 1)
 
     @needs_root
     def test_reloads_in_a_chroot_that_syslog_is_not_in(self):
@@ -3417,11 +3345,11 @@ class SyslogTest(unittest.TestCase):
             with self.syslog(path) as sock:
                 self.assertEqual(program.start(
                     "--chroot", program.directory, log="syslog"), (0, "", ""))
-                os.kill(program.pid, signal.SIGHUP)
-                self.receive(sock, r"<29>fingerd\[\d+\]: reloaded .*")
-                program.write(text + "facility = mail\nprefix = x\n" + USERS)
-                os.kill(program.pid, signal.SIGHUP)
-                self.receive(sock, r"<21>x\[\d+\]: reloaded .*")
+                for more, head in (("", "<29>fingerd"),
+                                   ("facility = mail\nprefix = x", "<21>x")):
+                    program.write(f"{text}{more}\n{USERS}")
+                    os.kill(program.pid, signal.SIGHUP)
+                    self.receive(sock, rf"{head}\[\d+\]: reloaded .*")
 
     def test_a_reload_looks_no_syslog_up(self):
         with background(start=False) as program:
@@ -3443,48 +3371,23 @@ class SyslogTest(unittest.TestCase):
                                   if "not-reloaded" in line]), 2)
 
     def test_a_fault_under_inetd_is_sent_there(self):
-        with tempfile.TemporaryDirectory() as directory:
-            path = os.path.join(directory, "socket")
-            settings = [row._replace(default=path)
-                        if row.name == "syslog_address" else row
-                        for row in fingerd.SETTINGS]
-            log = fingerd.Log()
-            self.addCleanup(close_log, log)
-            with self.syslog(path) as sock, mock.patch.object(
-                    fingerd, "SETTINGS", settings):
-                ours, client = socket.socketpair()
-                with client:
-                    client.sendall(b"moshez\r\n")
-                    client.shutdown(socket.SHUT_WR)
-                    fingerd.refuse_for_inetd(ours, log, fingerd.ConfigError(
-                        "fingerd.conf:1: [x]", "1 error"))
-                    self.assertEqual(read_all(client), FAILED)
-                for line in ("fingerd.conf:1: [x]", "1 error"):
-                    self.receive(sock, rf"<27>fingerd\[{os.getpid()}\]:"
-                                 rf' not-started reason="{re.escape(line)}"')
-
-    def test_writes_to_a_host_over_udp(self):
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            sock.settimeout(HANG)
-            sock.bind(("127.0.0.1", 0))
-            text = (f"[log]\nsyslog_address = localhost:"
-                    f"{sock.getsockname()[1]}\nformat = json\n" + USERS)
-            with background(text, start=False) as program:
-                self.assertEqual(program.start(log="syslog"), (0, "", ""))
-                event = self.receive(
-                    sock, r"<29>fingerd\[\d+\]: (.*\"ready\".*)")[1]
-                self.assertEqual(json.loads(event)["pid"], program.pid)
-
-    def test_a_syslog_that_does_not_keep_up_holds_nobody_up(self):
-        with background(start=False) as program:
-            path = os.path.join(program.directory, "socket")
-            program.write(f"[log]\nsyslog_address = {path}\n" + USERS)
-            with self.syslog(path) as sock:
-                program.start(log="syslog")
-                port = self.receive(sock, r".* listen=\S+:(\d+) .*")[1]
-                for _ in range(400):        # more than its queue holds
-                    self.assertEqual(ask(("127.0.0.1", int(port)),
-                                         b"moshez\r\n"), HAPPY)
+        path = os.path.join(self.enter(tempfile.TemporaryDirectory()), "log")
+        settings = [row._replace(default=path)
+                    if row.name == "syslog_address" else row
+                    for row in fingerd.SETTINGS]
+        log = fingerd.Log()
+        self.addCleanup(close_log, log)
+        ours, client = socket.socketpair()
+        with self.syslog(path) as sock, client, mock.patch.object(
+                fingerd, "SETTINGS", settings):
+            client.sendall(b"moshez\r\n")
+            client.shutdown(socket.SHUT_WR)
+            fingerd.refuse_for_inetd(ours, log, fingerd.ConfigError(
+                "fingerd.conf:1: [x]", "1 error"))
+            self.assertEqual(read_all(client), FAILED)
+            for line in (r"fingerd\.conf:1: \[x\]", "1 error"):
+                self.receive(sock, r"<27>fingerd\[\d+\]: not-started"
+                                   f' reason="{line}"')
 
 
 @needs_root
