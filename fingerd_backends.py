@@ -243,13 +243,13 @@ def read_pipes(process, limit, deadline):
 
 def has_ended(process, silent):
     """Report whether a program has ended, without reaping it."""
-    # macOS before Python 3.13 can only reap, and then not kill the group.
-    if not hasattr(os, "waitid"):
-        return silent and process.poll() is not None
-    with contextlib.suppress(ChildProcessError):
+    try:
         return bool(os.waitid(os.P_PID, process.pid,
                               os.WEXITED | os.WNOHANG | os.WNOWAIT))
-    return True     # SIGCHLD is ignored: it is reaped already
+    except (AttributeError, ChildProcessError):
+        # macOS before Python 3.13 can only reap, and so can a system that
+        # ignores SIGCHLD; then nothing can kill the group.
+        return silent and process.poll() is not None
 
 
 # ---- finger -----------------------------------------------------------------
@@ -751,7 +751,7 @@ class WebBackend:
             response = self.opener.open(url, None, seconds_left(deadline))
             with response:
                 if response.status not in (301, 302, 303, 307, 308):
-                    return self._read(response, deadline)
+                    return self._read(response)
                 location = response.headers.get("Location", "")
             url = self._follow(origin, url, location)
         raise OSError(f"more than {MAX_REDIRECTS} redirects")
@@ -769,7 +769,7 @@ class WebBackend:
             raise OSError(f'redirected to "{target}", which is not allowed')
         return target
 
-    def _read(self, response, deadline):
+    def _read(self, response):
         """Make text of a final response; None: no such page."""
         kind = response.headers.get_content_type()
         coding = response.headers.get("Content-Encoding", "").strip().lower()
@@ -788,7 +788,6 @@ class WebBackend:
             body = response.read(limit + 1)
             if response.length and len(body) <= limit:
                 raise http.client.IncompleteRead(body)
-            seconds_left(deadline)
             codec = choose_codec(response.headers.get("Content-Type", ""),
                                  body, is_html)
             return make_text(body, codec, limit, html_text if is_html else str)

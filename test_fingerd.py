@@ -5016,8 +5016,8 @@ class FingerBackendTest(BackendCase):
                     max_output=100)
                 late = isinstance(answer, TimeoutError)
                 job = functools.partial(self.ask, backend, "alice", False,
-                                        0.2 if late else HANG)
-                with self.takes(0.2 * late, PROMPT):
+                                        0.3 if late else HANG)
+                with self.takes(0.3 * late, PROMPT):
                     if isinstance(answer, str):
                         self.assertRegex(job(), f"\\A({answer})\\Z")
                     else:
