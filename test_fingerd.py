@@ -1823,17 +1823,18 @@ def proxy_2(kind=0x11, body=b"", command=0x21):
 
 def proxied(client, port=4711, reached="192.0.2.1"):
     """Give the PROXY headers, of both versions, for a client."""
-    family = socket.AF_INET6 if ":" in client else socket.AF_INET
+    kind, number, family = ((0x21, 6, socket.AF_INET6) if ":" in client
+                            else (0x11, 4, socket.AF_INET))
     addresses = [socket.inet_pton(family, text) for text in (client, reached)]
-    six = family == socket.AF_INET6
-    return (f"PROXY TCP{6 if six else 4} {client} {reached} {port} 79\r\n"
-            .encode(),
-            proxy_2(0x21 if six else 0x11, b"".join(addresses)
-                    + struct.pack("!HH", port, 79) + b"\x04\0\2no"))
+    return (f"PROXY TCP{number} {client} {reached} {port} 79\r\n".encode(),
+            proxy_2(kind, b"".join(addresses) + struct.pack("!HH", port, 79)
+                    + b"\x04\0\2no"))
 
 
-class ProxyTest(unittest.TestCase):
+class ProxyTest(ServerCase):
     """What load balancers say with the PROXY protocol."""
+
+    MALFORMED = b"Malformed query\r\n"
 
     def test_reads_a_header_however_it_is_cut(self):
         v6 = ("2001:db8::5", 65535), "2001:db8::1"
@@ -1847,13 +1848,14 @@ class ProxyTest(unittest.TestCase):
                  *v4),
                 (proxy_2(0x12, bytes([192, 0, 2, 7, 192, 0, 2, 1, 18, 103,
                                       0, 79])), *v4),
-                (b"PROXY UNKNOWN\r\n", None, ""),
-                (b"PROXY UNKNOWN ff \xff" + b"f" * 87 + b"\r\n", None, ""),
-                (proxy_2(0x00), None, ""), (proxy_2(0x10, b"x"), None, ""),
-                (proxy_2(0x31, b"/" * 216), None, ""),
-                (proxy_2(0x11, b"x", command=0x20), None, ""),
-                (proxy_2(0xff, command=0x20), None, ""),
-                (proxy_2(0x00, b"x" * 4080), None, "")]:
+                *((data, None, "") for data in (
+                    b"PROXY UNKNOWN\r\n",
+                    b"PROXY UNKNOWN ff \xff" + b"f" * 87 + b"\r\n",
+                    proxy_2(0x00), proxy_2(0x10, b"x"),
+                    proxy_2(0x31, b"/" * 216),
+                    proxy_2(0x11, b"x", command=0x20),
+                    proxy_2(0xff, command=0x20),
+                    proxy_2(0x00, b"x" * 4080)))]:
             with self.subTest(data=data):
                 for end in range(len(data)):
                     self.assertIsNone(fingerd.parse_proxy_header(data[:end]))
@@ -1864,27 +1866,22 @@ class ProxyTest(unittest.TestCase):
 
     def test_a_header_that_is_not_quite_one_is_malformed(self):
         for data in [
-                b"alice\r\n", b"proxy UNKNOWN\r\n", b"PROXY  UNKNOWN\r\n",
-                b"PROXY UNKNOWN\n\r\n", b"PROXY UNKNOWNS\r\n",
-                b"PROXY UNKNOWN " + b"f" * 92 + b"\r\n", b"PROXY \r\n",
-                b"PROXY UNKNOWN " + b"f" * 93,
-                b"PROXY TCP4\r\n", b"PROXY TCP5 ::1 ::1 1 1\r\n",
-                *(b"PROXY TCP4 " + rest + b"\r\n" for rest in (
-                    b"192.0.2.7 192.0.2.1 4711", b"::1 ::1 1 1",
-                    b"192.0.2.7 192.0.2.1 4711 79 ",
-                    b"192.0.2.07 192.0.2.1 4711 79",
-                    b"192.0.2 192.0.2.1 4711 79",
-                    b"192.0.2.7 192.0.2.256 4711 79",
-                    b"192.0.2.7 192.0.2.1 65536 79",
-                    b"192.0.2.7 192.0.2.1 4711 65536",
-                    b"192.0.2.7 192.0.2.1 04711 79",
-                    b"192.0.2.7 192.0.2.1 -1 79",
-                    b"192.0.2.7 192.0.2.1 \xd9\xa1 79",
-                    b"192.0.2.7\0 192.0.2.1 4711 79", b"\xff \xff 1 1",
-                    b"192.0.2.7  192.0.2.1 4711 79")),
-                b"PROXY TCP6 192.0.2.7 192.0.2.1 1 1\r\n",
-                b"PROXY TCP6 fe80::1%lo ::1 1 1\r\n",
-                b"PROXY TCP6 2001:db8:::5 ::1 1 1\r\n",
+                b"alice\r\n", b"proxy UNKNOWN\r\n",
+                *(b"PROXY " + rest for rest in (
+                    b" UNKNOWN\r\n", b"UNKNOWN\n\r\n", b"UNKNOWNS\r\n",
+                    b"UNKNOWN\n", b"\r\n", b"UNKNOWN " + b"f" * 92 + b"\r\n",
+                    b"UNKNOWN " + b"f" * 93, b"TCP4\r\n",
+                    b"TCP5 ::1 ::1 1 1\r\n", b"TCP4 ::1 ::1 1 1\r\n",
+                    b"TCP4 \xff \xff 1 1\r\n", b"TCP6 fe80::1%lo ::1 1 1\r\n",
+                    b"TCP6 192.0.2.7 192.0.2.1 1 1\r\n",
+                    b"TCP6 2001:db8:::5 ::1 1 1\r\n")),
+                *(b"PROXY TCP4 192.0.2." + rest + b"\r\n" for rest in (
+                    b"7 192.0.2.1 4711", b"7 192.0.2.1 4711 79 ",
+                    b"07 192.0.2.1 4711 79", b"7 192.0.2.256 4711 79",
+                    b"7 192.0.2.1 65536 79", b"7 192.0.2.1 4711 65536",
+                    b"7 192.0.2.1 04711 79", b"7 192.0.2.1 -1 79",
+                    b"7 192.0.2.1 \xd9\xa1 79", b"7\0 192.0.2.1 4711 79",
+                    b"7  192.0.2.1 4711 79")),
                 proxy_2(0x11, b"x" * 11), proxy_2(0x21, b"x" * 35),
                 proxy_2(0x41, b"x" * 40), proxy_2(0x13, b"x" * 40),
                 proxy_2(0x11, b"x" * 12, command=0x22),
@@ -1899,128 +1896,101 @@ class ProxyTest(unittest.TestCase):
                         self.assertIsNone(
                             fingerd.parse_proxy_header(data[:end]))
 
-    @contextlib.contextmanager
-    def balanced(self, limits="", more=""):
-        with serving("[server]\nproxy_from = 127.0.0.1 192.0.2.0/24\n"
-                     f"{more}\n[limits]\n{limits}\n{USERS}") as server:
-            yield server
+    def balance(self, limits="", more=""):
+        """Serve behind a load balancer."""
+        return self.serve("[server]\nproxy_from = 127.0.0.1 192.0.2.0/24\n"
+                          f"{more}\n[limits]\n{limits}\n{USERS}")
 
     def test_the_client_of_the_header_is_the_one_in_the_log(self):
-        with self.balanced() as server:
-            for host in ("192.0.2.7", "2001:db8::7"):
-                reached = host[:-1] + "1"
-                own = f"[{reached}]" if ":" in reached else reached
-                query = f"moshez@{own}\r\n".encode()
-                for header in proxied(host, 4711, reached):
-                    whole = header + query
-                    for segments in (
-                            [whole], [header, query], [whole[:-3], whole[-3:]],
-                            [whole[:20], whole[20:]],
-                            [whole[i:i + 1] for i in range(len(whole))]):
-                        with self.subTest(segments=segments):
-                            self.assertEqual(server.ask(*segments), HAPPY)
-            server.wait_log("query", 20)
-            logged = [re.sub("^.* query|(?= outcome).*", "", line)
-                      for line in server.log()]
-            self.assertEqual(
-                sorted(logged),
-                [' client=192.0.2.7 port=4711 q="moshez@192.0.2.1"'] * 10
-                + [' client=2001:db8::7 port=4711'
-                   ' q="moshez@[2001:db8::1]"'] * 10)
-            wait_until(lambda: not server.server.hosts, "no client")
+        server = self.balance()
+        for host, reached, own in (
+                ("192.0.2.7", "192.0.2.1", "192.0.2.1"),
+                ("2001:db8::7", "2001:db8::1", "[2001:db8::1]")):
+            for header in proxied(host, 4711, reached):
+                whole = header + f"moshez@{own}\r\n".encode()
+                for segments in (
+                        [whole], [whole[:len(header)], whole[len(header):]],
+                        [whole[:-3], whole[-3:]], [whole[:20], whole[20:]],
+                        [whole[i:i + 1] for i in range(len(whole))]):
+                    with self.subTest(segments=segments):
+                        self.assertEqual(server.ask(*segments), HAPPY)
+            server.wait_log(re.escape(
+                f'query client={host} port=4711 q="moshez@{own}" '), 10)
+        wait_until(lambda: not server.server.hosts, "no client")
 
     def test_allow_and_deny_go_by_the_header(self):
+        server = self.balance(more="allow = 192.0.2.0/28\ndeny = 192.0.2.9")
         denied = b"Access denied\r\n"
-        with self.balanced(more="allow = 192.0.2.0/28\ndeny = 192.0.2.9"
-                           ) as server:
-            for host, reply in (("192.0.2.7", HAPPY), ("192.0.2.9", denied),
-                                ("192.0.2.19", denied)):
-                for header in proxied(host):
-                    self.assertEqual(server.ask(header + b"moshez\r\n"), reply)
-            for check in (b"PROXY UNKNOWN\r\n", proxy_2(0, command=0x20)):
-                self.assertEqual(server.ask(check + b"moshez\r\n"), HAPPY)
-            server.wait_log("client=127.0.0.1 .*outcome=answered", 2)
+        for reply, *headers in (
+                (HAPPY, *proxied("192.0.2.7")),
+                (denied, *proxied("192.0.2.9"), *proxied("192.0.2.19")),
+                (HAPPY, b"PROXY UNKNOWN\r\n", proxy_2(0, command=0x20))):
+            for header in headers:
+                self.assertEqual(server.ask(header + b"moshez\r\n"), reply)
+        server.wait_log("client=127.0.0.1 .*outcome=answered", 2)
 
     def test_limits_go_by_the_header_and_spare_health_checks(self):
-        limited = b"Too many queries, try again later\r\n"
-        check = b"PROXY UNKNOWN\r\n"
-        with self.balanced("max_clients_per_host = 1\nmax_clients = 9"
-                           "\nqueries_per_minute = 2"
-                           ) as server, contextlib.ExitStack() as stack:
-            def hold(data):
-                stack.enter_context(connect(server.address)).sendall(data)
+        server = self.balance("max_clients_per_host = 1\nmax_clients = 9"
+                              "\nqueries_per_minute = 2")
+
+        def hold(*headers):
+            for data in headers:
+                self.enter(server.connect(data))
                 holding.append(data)
-                wait_until(lambda: len(server.waiting(fingerd.READ))
-                           == len(holding), "the client to wait")
-            holding: list[bytes] = []
-            for data in (b"", b"PRO", check, check):
-                hold(data)
-            one, two = (proxied(host)[0] for host in ("192.0.2.7",
-                                                      "192.0.2.8"))
-            for _ in range(2):
-                self.assertEqual(server.ask(one + b"moshez\r\n"), HAPPY)
-            self.assertEqual(server.ask(one + b"moshez\r\n"), limited)
-            hold(two)
-            wait_until(lambda: server.server.hosts.get("192.0.2.8"), "it")
-            self.assertEqual(server.ask(two + b"moshez\r\n"), limited)
-            for _ in range(3):
-                self.assertEqual(server.ask(check + b"moshez\r\n"), HAPPY)
-            for _ in range(4):
-                hold(b"")
-            server.wait_log("full clients=9 limit=9")
+                server.wait_waiting(fingerd.READ, len(holding))
+        holding: list[bytes] = []
+        check = b"PROXY UNKNOWN\r\n"
+        hold(b"", b"PRO", check, check)
+        one, two = (proxied(host)[0] for host in ("192.0.2.7", "192.0.2.8"))
+        self.assertEqual([server.ask(one + b"moshez\r\n") for _ in range(3)],
+                         [HAPPY, HAPPY, LIMITED])
+        hold(two)
+        wait_until(lambda: server.server.hosts.get("192.0.2.8"), "it")
+        self.assertEqual(server.ask(two + b"moshez\r\n"), LIMITED)
+        for _ in range(3):
+            self.assertEqual(server.ask(check + b"moshez\r\n"), HAPPY)
+        hold(b"", b"", b"", b"")
+        server.wait_log("full clients=9 limit=9")
 
     def test_without_a_good_header_the_balancer_is_in_the_log(self):
-        malformed = b"Malformed query\r\n"
-        with self.balanced() as server, contextlib.ExitStack() as stack:
-            for data, logged in [
-                    (b"moshez\r\n", 'q="moshez.*" .*malformed'),
-                    (b"PROXY TCP4 x\r\n", "PROXY.*malformed"),
-                    (proxied("192.0.2.7")[0] * 2,
-                     "client=192.0.2.7 .*outcome=malformed")]:
-                self.assertEqual(server.ask(data), malformed)
-                server.wait_log(logged)
-            for data, reply in ((b"", b""), (b"PROXY", malformed)):
-                with server.connect(data) as sock:
-                    sock.shutdown(socket.SHUT_WR)
-                    self.assertEqual(read_all(sock), reply)
-            server.wait_log('q="PROXY" outcome=malformed')
-            late = [stack.enter_context(server.connect(data)) for data in (
-                proxied("192.0.2.7")[1][:20], b"PROXY TCP4 192.0.2.7", b"")]
-            server.wait_waiting(fingerd.READ, 3)
-            wait_until(lambda: sum(bool(handler.text) for handler in
-                       server.waiting(fingerd.READ)) == 2, "their headers")
-            server.in_loop(lambda: server.server.waiting.hurry(
-                0, fingerd.READ))
-            for sock in late:
-                self.assertEqual(read_all(sock), b"Query timed out\r\n")
-            for logged in ("QUIT.*=timeout", "PROXY.*=timeout",
-                           'q="" outcome=silent backend=- bytes=17'):
-                server.wait_log(logged)
-            others = [line for line in server.log() if "192.0.2.7 " not in line
-                      and "client=127.0.0.1 " not in line]
-            self.assertEqual(others, [])
-
-    def test_a_header_in_drops_does_not_keep_the_loop_busy(self):
-        with self.balanced() as server, connect(server.address) as sock:
-            sock.sendall(proxied("192.0.2.7")[0][:20])
-            wait_until(lambda: server.waiting(fingerd.READ), "the client")
-            handler, = server.waiting(fingerd.READ)
-            wait_until(lambda: len(handler.text) == 20, "its header")
-            sock.sendall(proxied("192.0.2.7")[0][20:30])
-            wait_until(lambda: len(handler.text) == 30, "more of it")
-            self.assertEqual(select.select([handler.request], [], [], 0)[0],
-                             [])
+        server = self.balance()
+        for data, logged in [
+                (b"moshez\r\n", 'client=127.0.0.1 .*q="moshez.*" .*malformed'),
+                (b"PROXY TCP4 x\r\n", "client=127.0.0.1 .*PROXY.*malformed"),
+                (proxied("192.0.2.7")[0] * 2, "client=192.0.2.7 .*malformed")]:
+            self.assertEqual(server.ask(data), self.MALFORMED)
+            server.wait_log(logged)
+        for data, reply in ((b"", b""), (b"PROXY", self.MALFORMED)):
+            sock = self.enter(server.connect(data))
+            sock.shutdown(socket.SHUT_WR)
+            self.assertEqual(read_all(sock), reply)
+        late = [self.enter(server.connect(data)) for data in (
+            proxied("192.0.2.7")[1][:20], b"PROXY TCP4 192.0.2.7", b"",
+            proxied("192.0.2.8")[0])]
+        server.wait_waiting(fingerd.READ, 4)
+        handlers = server.waiting(fingerd.READ)
+        wait_until(lambda: sum(len(handler.text) for handler in handlers)
+                   == 40 and "192.0.2.8" in server.server.hosts, "headers")
+        self.assertEqual(select.select(     # what has come is not left there
+            [handler.request for handler in handlers], [], [], 0)[0], [])
+        server.in_loop(lambda: server.server.waiting.hurry(0, fingerd.READ))
+        for sock in late:
+            self.assertEqual(read_all(sock), b"Query timed out\r\n")
+        for logged in ('"PROXY" outcome=malformed', "QUIT.*=timeout",
+                       "PROXY.*=timeout", 'q="" .*=silent .* bytes=17'):
+            server.wait_log("client=127.0.0.1 .*" + logged)
+        server.wait_log('client=192.0.2.8 .*q="" outcome=silent')
 
     def test_a_header_of_a_stranger_is_a_malformed_query(self):
         for more in ("", "proxy_from = 192.0.2.0/24"):
-            with serving(f"[server]\n{more}\n{USERS}") as server:
-                for data in (*proxied("192.0.2.7"), b"PROXY UNKNOWN\r\n",
-                             proxy_2(0, command=0x20)):
-                    self.assertEqual(server.ask(data + b"moshez\r\n"),
-                                     b"Malformed query\r\n")
-                server.wait_log("client=127.0.0.1 .*outcome=malformed", 4)
-                self.assertIn("No such user", server.ask(
-                    b"PROXY moshez\r\n").decode())
+            server = self.serve(f"[server]\n{more}\n{USERS}")
+            for data in (*proxied("192.0.2.7"), b"PROXY UNKNOWN\r\n",
+                         proxy_2(0, command=0x20)):
+                self.assertEqual(server.ask(data + b"moshez\r\n"),
+                                 self.MALFORMED)
+            server.wait_log("client=127.0.0.1 .*outcome=malformed", 4)
+            self.assertEqual(server.ask(b"PROXY moshez\r\n"),
+                             UNKNOWN + b"\r\n" + HAPPY)
 
 
 class Stub:
