@@ -809,23 +809,16 @@ ABSENT = {getattr(errno, name, errno.ENOENT) for name in (
     "ENOTDIR", "ENXIO", "EOPNOTSUPP")}
 
 
-@contextlib.contextmanager
-def opened(path, flags, folder=None):
-    """Open a file or directory; give its descriptor."""
-    fd = os.open(path, flags, dir_fd=folder)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
 def read_file(folder, name, owner=None, limit=MAX_FILE):
     """Give the text of a regular file, of an owner if given; else None."""
     try:
-        with opened(name.encode(), FILE_FLAGS, folder) as fd:
+        fd = os.open(name.encode(), FILE_FLAGS, dir_fd=folder)
+        try:
             info = os.fstat(fd)
             if stat.S_ISREG(info.st_mode) and owner in (None, info.st_uid):
                 return make_text(os.read(fd, limit + 1), "utf-8", limit)
+        finally:
+            os.close(fd)
     except OSError as error:
         if error.errno not in ABSENT:
             raise
@@ -860,10 +853,13 @@ class FilesBackend:
             return None
         files = [name + end for name in dict.fromkeys((user, user.lower()))
                  for end in ("", ".txt")]
-        with opened(self.directory, FOLDER_FLAGS) as folder:
+        folder = os.open(self.directory, FOLDER_FLAGS)
+        try:
             texts = (read_file(folder, file) for file in files
                      if file.lower() != self.index.lower())
             return next((text for text in texts if text is not None), None)
+        finally:
+            os.close(folder)
 
     def user_list(self, verbose, client, timeout):
         """Give the index, or a list of first lines; None: neither is set."""
@@ -871,7 +867,8 @@ class FilesBackend:
             return None
         deadline = time.monotonic() + timeout
         lines: dict = {}
-        with opened(self.directory, FOLDER_FLAGS) as folder:
+        folder = os.open(self.directory, FOLDER_FLAGS)
+        try:
             if self.index:
                 text = read_file(folder, self.index)
                 if text is None:
@@ -885,6 +882,8 @@ class FilesBackend:
                     text = read_file(folder, file, limit=1000)
                     if text is not None:
                         lines[name] = text.partition("\n")[0]
+        finally:
+            os.close(folder)
         width = max(map(len, lines), default=0)
         return "".join(f"{name:{width}}  {line}\n"
                        for name, line in lines.items())
@@ -1016,9 +1015,8 @@ class SqlBackend:
             with contextlib.suppress(Exception):    # it may be dead, or None
                 connection.close()
             late = time.monotonic() >= deadline
-            reason = f"{type(error).__name__}: {error}"
-            raise (TimeoutError if late else ConnectionError)(
-                " ".join(reason.split())[:500]) from None
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+            raise (TimeoutError if late else ConnectionError)(reason) from None
         if self.sqlite:
             connection.close()
         else:
@@ -1177,8 +1175,7 @@ class AccountsBackend:
         self.uids = range(int(numbers[1]), int(numbers[2]) + 1)
 
     def enter_chroot(self, path):
-        raise ValueError("chroot: hides the accounts; leave it out, or take"
-                         " accounts out of backend")
+        raise ValueError("chroot: hides the accounts; leave one of them out")
 
     def lookup(self, user, verbose, client, timeout):
         """Give what is shown of the accounts of a name; None: no such user."""
@@ -1242,7 +1239,8 @@ class AccountsBackend:
         if entry.pw_uid not in self.uids:
             return None
         try:
-            with opened(entry.pw_dir, FOLDER_FLAGS) as home:
+            home = os.open(entry.pw_dir, FOLDER_FLAGS)
+            try:
                 with contextlib.suppress(FileNotFoundError):
                     os.stat(self.options["hide_file"], dir_fd=home,
                             follow_symlinks=False)
@@ -1252,6 +1250,8 @@ class AccountsBackend:
                     return None
                 lines = self._lines(entry, home, items)
                 return "".join(f"{line}\n" for line in lines if line)
+            finally:
+                os.close(home)
         except OSError as error:
             if error.errno not in ABSENT:
                 raise

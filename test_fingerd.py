@@ -6332,8 +6332,8 @@ class AccountsBackendTest(BackendCase):
               for text in ("", "1000", "a-b", "1-2-3", "-5", "1-99999999999"))
         ))
         with self.assertRaisesRegex(
-                fingerd.ConfigError, "chroot: hides the accounts; leave it"
-                " out, or take accounts out of backend\n"):
+                fingerd.ConfigError, "chroot: hides the accounts; leave one"
+                " of them out\n"):
             read_config("[server]\nbackend = accounts\n[daemon]\n"
                         "chroot = /tmp\n")
 
