@@ -1361,18 +1361,15 @@ class AnswerTest(ServerCase):
                 (HAPPY, [b"moshez\r\n"], [b"MosheZ\n"],
                  [b"/W ", b"moshez", b"\r\n"], [b"moshez\r\0"],
                  [b"m", b"o", b"shez", b"\r", b"\n"], [b"moshez /W\r\n"],
-                 [b"\xff\xfd\x03\xff\xfb\x0a", b"moshez\r\n"],
                  [b"\xff", b"\xfb", b"\x0amoshez\r\n"],
                  [b"moshez@localhost\r\n"], [b"moshez@127.0.0.1\r\n"],
                  [b"moshez@[127.0.0.1]\r\n"], [b"moshez@" + host + b"\r\n"],
                  [b"moshez\r\nalice\r\n"], [b"moshez\r\xff\xf1\0\n"],
-                 [b"mo" + b"\xff\xfd\x03" * 200 + b"shez\r\n"],
                  [b"\xff\xfd\x03" * 180, b"moshez\r\n"],
                  [b"\xff\xfd\x03" * 180 + b"moshez\r\n"]),
                 (ALICE, [b"alice\r\n"]),
                 (UNKNOWN, [b"bob\r\n"], [b"x" * 512 + b"\r\n"],
-                 [b"x" * 512, b"\r", b"\n"], [b"x" * 512 + b"\r\r\n"],
-                 [b"x" * 512, b"\r\r\n"]),
+                 [b"x" * 512 + b"\r\r\n"], [b"x" * 512, b"\r", b"\r\n"]),
                 (HAPPY + b"\r\n" + UNKNOWN + b"\r\n" + ALICE,
                  [b"moshez bob alice\r\n"]),
                 (UNKNOWN + b"\r\n" + UNKNOWN, [b"bob bill\r\n"]),
@@ -1382,10 +1379,9 @@ class AnswerTest(ServerCase):
                  [b"a@example.org\r\n"], [b"@\r\n"], [b"a@@localhost\r\n"]),
                 (b"Malformed query\r\n", [b"a\0b\r\n"], [b"\xe9\r\n"],
                  [b"a b c d e f g h i\r\n"]),
-                (b"Query too long\r\n", [b"x" * 513 + b"\r\n"],
-                 [b"x" * 513 + b"\n"], [b"x" * 200, b"x" * 200, b"x" * 200],
+                (b"Query too long\r\n", [b"x" * 513 + b"\n"],
+                 [b"x" * 200, b"x" * 200, b"x" * 200],
                  [b"moshez " * 100 + b"\r\n"],
-                 [b"\xff\xfd\x03" * 700 + b"moshez\r\n"],
                  [b"\xff\xfd\x03" * 600, b"\xff\xfd\x03" * 100])]:
             for segments in queries:
                 with self.subTest(segments=segments):
@@ -2101,29 +2097,23 @@ class LoopTest(unittest.TestCase):
             self.assertEqual(lookups.threads.total, share)
 
     def test_the_door_is_closed_without_room_and_says_so_now_and_then(self):
-        with tempfile.TemporaryDirectory() as directory:
-            path = os.path.join(directory, "log")
-            log = fingerd.Log()
-            log.open(read_config(f"[log]\nto = {path}\n").log)
-            door = fingerd.Door([], log)
-            opened = [door.is_open(number, 3, now) for number, now in [
-                (2, 0), (3, 1), (4, 2), (2, 3), (3, 4), (2, 5), (3, 11.5),
-                (1, 12)]]
-            close_log(log)
-            said = re.findall("(full|room) clients=(.)",
-                              pathlib.Path(path).read_text())
-        self.assertEqual(opened, [True, False, False, True, False, True,
-                                  False, True])
-        self.assertEqual(said, [("full", "3"), ("room", "2"), ("full", "3"),
-                                ("room", "1")])
+        door = fingerd.Door([], mock.Mock())
+        for clients, now, is_open, *said in (
+                (2, 0, True), (3, 1, False, "full"), (4, 2, False),
+                (2, 3, True, "room"), (3, 4, False), (2, 5, True),
+                (3, 11.5, False, "full"), (1, 12, True, "room")):
+            door.log.reset_mock()
+            self.assertIs(door.is_open(clients, 3, now), is_open)
+            self.assertEqual([(call[1][1], call[2]["clients"]) for call in
+                              door.log.event.mock_calls],
+                             [(event, clients) for event in said])
 
     def test_the_door_pauses_for_want_of_descriptors(self):
-        door = fingerd.Door([], fingerd.Log())
-        with mock.patch.object(door.log, "event") as event:
-            for _ in range(2):
-                self.assertTrue(door.pause(OSError(errno.EMFILE, "x"), 7))
-        event.assert_called_once_with("error", "starved", reason="x",
-                                      clients=7)
+        door = fingerd.Door([], mock.Mock())
+        for _ in range(2):
+            self.assertTrue(door.pause(OSError(errno.EMFILE, "x"), 7))
+        door.log.event.assert_called_once_with("error", "starved", reason="x",
+                                               clients=7)
         self.assertFalse(door.is_open(7, 9, 3))
         self.assertFalse(door.pause(OSError(errno.ECONNABORTED, "x"), 7))
         self.assertTrue(door.is_open(7, 9, 3))
@@ -2156,13 +2146,13 @@ class LimitsTest(ServerCase):
         server.wait_waiting(fingerd.CLOSE)
         server.wait_waiting(fingerd.WRITE)
         self.assertEqual(read_all(idle), HAPPY)
-        handler, = [handler for handler in server.waiting(fingerd.READ)
-                    if handler.text]
-        deadline = handler.deadline
+        handlers = server.waiting(fingerd.READ)
+        deadlines = [handler.deadline for handler in handlers]
         dripping.sendall(b"a")
-        wait_until(lambda: len(handler.text) == 2, "the next drop")
-        self.assertEqual(handler.deadline, deadline)
-        self.assertGreater(deadline, time.monotonic() + 31622000)
+        wait_until(lambda: any(handler.text == b"aa" for handler in handlers),
+                   "the next drop")
+        self.assertEqual([handler.deadline for handler in handlers], deadlines)
+        self.assertGreater(min(deadlines), time.monotonic() + 31622000)
         server.in_loop(lambda: server.server.waiting.hurry(
             0, fingerd.READ, fingerd.WRITE, fingerd.CLOSE))
         for sock in (silent, dripping):
