@@ -1191,30 +1191,26 @@ class LogTest(ServerCase):
     @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full here")
     def test_survives_a_full_disk_and_says_what_was_lost(self):
         log = self.open_log()
-        good = os.dup(log.output.fd)
-        full = os.open("/dev/full", os.O_WRONLY)
-        os.dup2(full, log.output.fd)
+        file, log.output.fd = log.output.fd, os.open("/dev/full", os.O_WRONLY)
         log.event("info", "one")
         log.event("info", "two")
-        os.dup2(good, log.output.fd)
+        os.close(log.output.fd)
+        log.output.fd = file
         log.event("info", "three")
         log.event("info", "four")
-        os.close(full)
-        os.close(good)
         self.assertEqual(self.said(), ["lost lines=2", "three", "four"])
 
     def test_cuts_the_value_and_not_the_line_where_a_line_is_too_long(self):
         reader, writer = os.pipe()
-        self.addCleanup(os.close, reader)
-        self.addCleanup(os.close, writer)
         log = fingerd.Log()
         log.output = fingerd.LogFile(writer)
+        self.addCleanup(os.close, reader)
+        self.addCleanup(close_log, log)
         for form, q in itertools.product(("text", "json"), (
-                "x", "\0", '"', "\u00e9", "\udcff", "\U0001f600")):
+                b"x", b"\0", b'"', b"\xc3\xa9", b"\xff", b"\xf0\x9f\x98\x80")):
             with self.subTest(format=form, q=q):
                 log.format = fingerd.FORMATS[form]
-                asked = q.encode(errors="surrogateescape") * 5000 + b"\r\n"
-                log.event("info", "query", **{**QUERY, "q": asked})
+                log.event("info", "query", **{**QUERY, "q": q * 5000})
                 log.event("error", "bug", client="x" * 9,
                           traceback="y\n" * 4999, other="z" * 3000)
                 query, bug = os.read(reader, 65536).decode(
@@ -1230,68 +1226,31 @@ class LogTest(ServerCase):
                                      '+" outcome=answered .* ms=3$')
                     self.assertRegex(bug, r' traceback="(y|\\x0a)+" other=z+$')
         with mock.patch.object(log.output, "limit", 0):
-            log.format = fingerd.format_text
-            self.assertEqual(log.line("info", "x", {"a": 1, "b": "text"}),
-                             b"%sx a= b=" % log.head("info").encode())
+            self.assertIn(b'"a": "", "b": ""',
+                          log.line("info", "x", {"a": 1, "b": "text"}))
 
-    def test_writes_to_no_descriptor_that_has_become_another_file(self):
-        held, go, write = threading.Event(), threading.Event(), os.write
-
-        def slow(fd, data):
-            held.set()
-            go.wait(HANG)
-            return write(fd, data)
-
-        log = self.open_log()
-        other = read_config(f"[log]\nto = {self.path}-2").log
-        with mock.patch("os.write", slow):
-            threads = [
-                threading.Thread(target=log.event, args=("error", "x")),
-                threading.Thread(target=log.open, args=[other])]
-            threads[0].start()
-            self.assertTrue(held.wait(HANG))
-            threads[1].start()
-            threads[1].join(0.02)
-            os.fstat(log.output.fd)     # OSError, if it has been closed
-            go.set()
-            for thread in threads:
-                thread.join(HANG)
-        self.assertEqual(self.said(), ["x"])
-
-    def test_continues_in_the_new_file_when_the_close_of_the_old_fails(self):
-        log = self.open_log()
-        settings = read_config(f"[log]\nto = {self.path}").log
-        first, close = log.output.fd, os.close
-
-        def fail(fd):
-            close(fd)
-            raise OSError(errno.EIO, "Input/output error")
-
-        with mock.patch("os.close", fail):
-            log.open(settings)
-        self.assertNotEqual(log.output.fd, first)
-        log.event("error", "x")
-        self.assertEqual(self.said(), ["x"])
-
-    def test_keeps_the_old_file_when_a_new_one_cannot_be_opened(self):
-        log = self.open_log()
-        with self.assertRaises(OSError):
-            log.open(read_config("[log]\nto = /no/such/log").log)
-        log.event("info", "still")
-        self.assertEqual(self.said(), ["still"])
-
-    def test_a_line_goes_out_in_the_format_of_the_log_it_goes_to(self):
+    def test_opens_again_for_all_of_a_line_or_none(self):
         class Slow:     # while it is formatted, the log is opened otherwise
             def __str__(self):
                 opener.start()
                 opener.join(0.02)
                 return "b"
 
-        log = self.open_log()
-        opener = threading.Thread(target=log.open, args=[
-            read_config(f"[log]\nto = {self.path}\nformat = json").log])
+        def fail(fd):
+            close(fd)
+            raise OSError(errno.EIO, "Input/output error")
+
+        log, close = self.open_log(), os.close
+        settings = read_config(f"[log]\nto = {self.path}\nformat = json").log
+        with self.assertRaises(OSError):
+            log.open(read_config("[log]\nto = /no/such/log").log)
+        opener = threading.Thread(target=log.open, args=[settings])
         log.event("error", "x", a=Slow())
         opener.join(HANG)
+        first = log.output
+        with mock.patch("os.close", fail):
+            log.open(settings)
+        self.assertIsNot(log.output, first)
         log.event("error", "y")
         text, line = self.text().splitlines()
         self.assertRegex(text, '^[^ ]+ x a="b"$')
@@ -1308,14 +1267,13 @@ class LogTest(ServerCase):
                 ("network", "unknown", "unknown"),
                 ("none", "192.0.2.7", "-"), ("none", "2001:db8::7", "-")]:
             log = self.open_log(client=client)
-            log.event("info", "query", **{**QUERY, "client": host})
+            log.event("info", "query", client=host, port=5, q=b"x")
             log.event("error", "failed", client=host, reason="x")
+            port = 5 if client == "full" else 0
             with self.subTest(client=client, host=host):
-                query, failed = self.said()
-                self.assertEqual(failed, f"failed client={kept} reason=x")
-                port = QUERY["port"] if client == "full" else 0
-                self.assertTrue(query.startswith(
-                    f"query client={kept} port={port} q="), query)
+                self.assertEqual(self.said(), [
+                    f'query client={kept} port={port} q="x"',
+                    f"failed client={kept} reason=x"])
 
     @needs_more_addresses
     def test_limits_and_networks_see_what_the_log_does_not_keep(self):
@@ -1325,17 +1283,20 @@ class LogTest(ServerCase):
                             + USERS)
         # Of balancers that are not configured, and of one that is broken.
         one, two = proxied("127.0.0.7")
-        for header, host in ((one, "127.0.0.4"), (one + one, "127.0.0.5"),
-                             (two + two, "127.0.0.5"),
-                             (one[:-3], "127.0.0.5"), (two[:-1], "127.0.0.5")):
-            sock = self.enter(server.connect(header, host))
-            sock.shutdown(socket.SHUT_WR)
-            self.assertEqual(read_all(sock), b"Malformed query\r\n")
-        replies = [read_all(self.enter(server.connect(b"moshez\r\n", host)))
-                   for host in ("127.0.0.1", "127.0.0.1", "127.0.0.2",
-                                "127.0.0.3")]
-        self.assertEqual(replies,
-                         [HAPPY, LIMITED, HAPPY, b"Access denied\r\n"])
+        malformed, denied = b"Malformed query\r\n", b"Access denied\r\n"
+        for line, host, reply in [
+                (one, "127.0.0.4", malformed),
+                (one + one, "127.0.0.5", malformed),
+                (two + two, "127.0.0.5", malformed),
+                (one[:-3], "127.0.0.5", malformed),
+                (two[:-1], "127.0.0.5", malformed),
+                (b"moshez\r\n", "127.0.0.1", HAPPY),
+                (b"moshez\r\n", "127.0.0.1", LIMITED),
+                (b"moshez\r\n", "127.0.0.2", HAPPY),
+                (b"moshez\r\n", "127.0.0.3", denied)]:
+            with server.connect(line, host) as sock:
+                sock.shutdown(socket.SHUT_WR)
+                self.assertEqual(read_all(sock), reply)
         server.wait_log("query client=- port=0 ", 9)
         self.assertNotRegex("\n".join(server.log()),
                             r"127\.0\.0|x7f.x00.x00")
@@ -3197,6 +3158,7 @@ fingerd_reloads_total{{result="failed"}} 0
         path, other = folder / "f.prom", folder / "other"
         path.write_text("old")
         folder.joinpath("f.prom.new").symlink_to(other)     # by a crash
+        self.addCleanup(os.umask, os.umask(0o077))
         with mock.patch("os.rename", rename):
             fingerd.replace_file(str(path), "new\n")
         self.assertEqual(path.read_text(), "new\n")
