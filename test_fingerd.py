@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import concurrent.futures
 import contextlib
+import ctypes
 import encodings
 import errno
 import fcntl
@@ -3317,18 +3318,24 @@ class SyslogTest(Case):
 class PrivilegesTest(unittest.TestCase):
     """Root at the start, nobody after, read from the running process."""
 
-    def ids(self, program):
-        return [program.status(key) for key in ("Uid", "Gid", "Groups")]
+    # What a site loads at the start cannot be loaded too late.
+    bare = {"command": [sys.executable, "-S", str(PROGRAM)]}
+
+    def check_ids(self, program, uid, gid):
+        self.assertEqual(
+            [program.status(key) for key in ("Uid", "Gid", "Groups")],
+            [[str(uid)] * 4, [str(gid)] * 4, [str(gid)]])
 
     def test_becomes_nobody_for_good(self):
         host = f"127.79.{os.getpid() % 250 + 1}.2"
         nobody = pwd.getpwnam("nobody")
-        with background(USERS, "--listen", f"{host}:79",
-                        fresh=True) as program:
-            self.assertEqual(ask((host, 79), b"moshez\r\n"), HAPPY)
-            self.assertEqual(self.ids(program), [
-                [str(nobody.pw_uid)] * 4, [str(nobody.pw_gid)] * 4,
-                [str(nobody.pw_gid)]])
+        with background("[server]\nbackend = users finger\n[finger]\n"
+                        "command = /usr/bin/id -u\n" + USERS,
+                        "--listen", f"{host}:79") as program:
+            for name, reply in [(b"moshez", HAPPY),
+                                (b"x", b"%d\r\n" % nobody.pw_uid)]:
+                self.assertEqual(ask((host, 79), name + b"\r\n"), reply)
+            self.check_ids(program, nobody.pw_uid, nobody.pw_gid)
             for key in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
                 self.assertEqual(int(program.status(key)[0], 16), 0)
             self.assertEqual(program.status("NoNewPrivs"), ["1"])
@@ -3338,64 +3345,59 @@ class PrivilegesTest(unittest.TestCase):
             program.wait_log('user name=nobody reason="started as root')
             program.wait_log("ready .* user=nobody")
 
-    def test_takes_the_group_of_a_user_and_numbers_without_an_entry(self):
-        entry, nobody = pwd.getpwnam("daemon"), pwd.getpwnam("nobody")
-        for args, uid, gid in [
-                (["--user", "root"], 0, 0),
-                (["--user", "daemon"], entry.pw_uid, entry.pw_gid),
-                (["--user", "daemon", "--group", "nogroup"], entry.pw_uid,
-                 grp.getgrnam("nogroup").gr_gid),
-                (["--uid", "54321", "--gid", "54322"], 54321, 54322),
-                (["--uid", "54321"], 54321, nobody.pw_gid)]:
-            with self.subTest(args=args), background(USERS, *args) as program:
-                self.assertEqual(self.ids(program)[:2],
-                                 [[str(uid)] * 4, [str(gid)] * 4])
-                if uid:
-                    self.assertEqual(program.status("Groups"), [str(gid)])
-                self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+    def test_becomes_numbers_without_an_entry(self):
+        with background(USERS, "--uid", "54321", "--gid", "54322") as program:
+            self.check_ids(program, 54321, 54322)
+            self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
 
-    def test_a_pidfile_it_cannot_remove_is_emptied(self):
-        with background() as program:
-            self.assertEqual(program.run("--stop"), (0, "", ""))
-            self.assertEqual(os.path.getsize(program.pidfile), 0)
-            self.assertEqual(program.start(), (0, "", ""))
+    def test_takes_the_group_of_a_user(self):
+        entry, nobody = pwd.getpwnam("daemon"), pwd.getpwnam("nobody")
+        for user, group, ids in [
+                ("", "", ("nobody", nobody.pw_uid, nobody.pw_gid)),
+                ("root", "", ("root", 0, 0)),
+                ("daemon", "", ("daemon", entry.pw_uid, entry.pw_gid)),
+                ("daemon", "nogroup", ("daemon", entry.pw_uid,
+                                       grp.getgrnam("nogroup").gr_gid)),
+                ("54321", "", ("54321", 54321, nobody.pw_gid))]:
+            config = read_config("", {"user": user, "group": group})
+            self.assertEqual(fingerd.choose_ids(config.daemon), ids)
 
     def test_works_inside_an_empty_chroot(self):
         origin = Origin({"/~carol": text_page("Carol's page\n")})
         self.addCleanup(origin.close)
-        with serving() as hop, tempfile.TemporaryDirectory() as empty:
-            os.chmod(empty, 0o755)
-            text = ("[server]\nbackend = users web\nforward ="
+        with serving() as hop, tempfile.TemporaryDirectory() as empty, \
+                background(
+                    "[server]\nbackend = users web\nforward ="
                     f" 127.1:{hop.address[1]} ip4.localhost:1"
                     f" localhost.:{hop.address[1]}\n[web]"
-                    f"\nprefix = http://localhost:{origin.port}/~\n" + USERS)
-            with background(text, start=False) as program:
-                self.assertEqual(program.start("--chroot", empty)[0], 0)
-                address = program.address
-                for line, reply in [
-                        (b"moshez", HAPPY), (b"moshez@127.1", HAPPY),
-                        (b"carol", b"Carol's page\r\n"), (b"dave", UNKNOWN),
-                        (b"\xff\xff", b"Malformed query\r\n")]:
-                    self.assertEqual(ask(address, line + b"\r\n"), reply)
-                self.assertEqual(os.readlink(f"/proc/{program.pid}/root"),
-                                 empty)
-                os.kill(program.pid, signal.SIGHUP)
-                program.wait_log('reload-failed reason="cannot read the'
-                                 ' config: no such file')
-                self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
-                self.assertEqual(os.listdir(empty), [])
+                    f"\nprefix = http://localhost:{origin.port}/~\n" + USERS,
+                    start=False) as program:
+            os.chmod(empty, 0o755)
+            self.assertEqual(program.start("--chroot", empty, **self.bare)[0],
+                             0)
+            self.assertEqual(os.readlink(f"/proc/{program.pid}/root"), empty)
+            for line, reply in [
+                    (b"moshez", HAPPY), (b"moshez@127.1", HAPPY),
+                    (b"carol", b"Carol's page\r\n"), (b"dave", UNKNOWN),
+                    (b"\xff\xff", b"Malformed query\r\n")]:
+                self.assertEqual(ask(program.address, line + b"\r\n"), reply)
+            self.assertEqual(os.listdir(empty), [])
 
     def test_reloads_a_config_and_a_log_that_are_inside_the_chroot(self):
         with background(start=False) as program:
             self.assertEqual(program.start("--chroot", program.directory,
-                                           fresh=True), (0, "", ""))
+                                           **self.bare), (0, "", ""))
             address = program.address
-            program.write("[server]\nallow = 127.0.0.0/8 ::1\n"
-                          "[users]\nmoshez = new\n")
+            os.unlink(program.config)
+            program.reload(None, 'reload-failed reason="cannot read the'
+                                 ' config: no such file')
+            program.reload("[user]\n", r"did you mean \[users\]")
             program.rotate()
             for number in (1, 2):       # it knows the path after one, too
-                os.kill(program.pid, signal.SIGHUP)
-                program.wait_log(f"reloaded config={program.config}$", number)
+                program.reload("[server]\nallow = 127.0.0.0/8 ::1\n"
+                               "[log]\nformat = json\n"
+                               "[users]\nmoshez = new\n",
+                               f'"reloaded".*"{program.config}"', number)
             self.assertEqual(ask(address, b"moshez\r\n"), b"new\r\n")
 
     def test_ends_if_rights_of_root_remain(self):
@@ -3406,32 +3408,29 @@ class PrivilegesTest(unittest.TestCase):
                 ("os.setgroups", list, "groups of root remain"),
                 ("os.setgid", abs, "groups of root remain"),
                 ("os.setuid", stay_root, "root privileges can be regained")]:
-            with self.subTest(call=call), installed() as program, \
+            with self.subTest(call=call), config_file(USERS) as path, \
                     mock.patch(call, instead):
-                status, _, err = program.start()
-                self.assertEqual((status, err.splitlines()[-1]),
-                                 (1, f"fingerd: {message}"))
+                self.assertEqual(
+                    run_fingerd("--config", path, "--query", "x"),
+                    (1, "", f"fingerd: {message}\n"))
 
     def test_a_program_that_is_not_in_the_chroot_is_a_config_error(self):
-        with installed() as program, tempfile.TemporaryDirectory() as chroot:
+        with tempfile.TemporaryDirectory() as chroot:
             os.mkdir(os.path.join(chroot, "bin"))
             os.symlink("/bin/echo", os.path.join(chroot, "bin", "echo"))
             for command in (sys.executable, "/bin/echo"):   # a link leads out
-                program.write("[server]\nbackend = finger\n[finger]\n"
-                              f"command = {command} {{user}}\n")
-                status, out, err = program.start("--chroot", chroot)
-                self.assertEqual((status, out), (2, ""))
-                self.assertIn(f':4: command: "{command}" is not inside the'
-                              f" chroot {chroot}; put it there", err)
+                with self.assertRaisesRegex(
+                        fingerd.ConfigError, f':4: command: "{command}" is not'
+                        f" inside the chroot {chroot}; put it there"):
+                    read_config("[server]\nbackend = finger\n[finger]\n"
+                                f"command = {command} {{user}}\n",
+                                {"chroot": chroot})
 
-    def test_a_query_from_the_command_line_runs_nothing_as_root(self):
+    def test_a_query_from_the_command_line_gives_up_the_same_rights(self):
         with config_file("[server]\nbackend = finger\n[finger]\n"
                          "command = /usr/bin/id -u\n") as path:
-            self.assertEqual(
-                run_fingerd("--config", path, "--query", "x", fresh=True),
-                (0, f"{pwd.getpwnam('nobody').pw_uid}\n", ""))
-
-    def test_a_query_from_the_command_line_is_answered_in_the_chroot(self):
+            self.assertEqual(run_fingerd("--config", path, "--query", "x"),
+                             (0, f"{pwd.getpwnam('nobody').pw_uid}\n", ""))
         with config_file("[server]\nbackend = files\n[files]\n"
                          "directory = /\n") as path:
             root = os.path.dirname(path)
@@ -3441,89 +3440,84 @@ class PrivilegesTest(unittest.TestCase):
                              (0, "inside\n", ""))
 
     @contextlib.contextmanager
-    def forger(self, path, text):
-        """Have nobody write a pidfile and lock it; give the process."""
-        code = ("import fcntl, os, sys\n"
-                f"os.setgid({NOBODY}), os.setuid({NOBODY})\n"
-                f"fd = os.open({path!r}, os.O_RDWR | os.O_CREAT, 0o666)\n"
-                f"os.write(fd, {text!r}.replace(b'PID', b'%d' % os.getpid()))"
-                "\nfcntl.lockf(fd, fcntl.LOCK_EX)\n"
-                "print(flush=True)\nsys.stdin.read()\n")
-        with subprocess.Popen([sys.executable, "-c", code],
-                              stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE) as process:
-            try:
-                self.assertEqual(process.stdout.readline(), b"\n")
-                yield process
-            finally:
-                process.kill()
+    def forger(self, path, number=0):
+        """Have nobody lock a pidfile with a number, or its own, in it."""
+        def forge():
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.lockf(fd, fcntl.LOCK_EX)
+            os.write(fd, b"%d\n" % (number or os.getpid()))
+            signal.pause()
+
+        process = Fork([], preexec_fn=forge)
+        try:
+            wait_until(lambda: os.path.exists(path) and os.path.getsize(path),
+                       "the forgery")
+            yield process
+        finally:
+            process.kill()
+            process.wait()
 
     def test_root_signals_nobody_by_a_forged_pidfile(self):
+        def refuses(path, owner, holder):
+            with self.assertRaisesRegex(
+                    fingerd.StartError, f"^{path} names pid {victim} and"
+                    f" belongs to uid {owner}, but pid {holder} has locked it;"
+                    " not believed$"):
+                fingerd.find_daemon(path)
+
         with background() as program, tempfile.TemporaryDirectory() as folder:
             os.chmod(folder, 0o1777)
-            victim = program.pid
-            path = os.path.join(folder, "pid")
-            config = ["--config", program.config, "--pidfile", path]
-            with self.forger(path, b"%d\n" % victim) as process:
-                for command, status in [("--stop", 1), ("--reload", 1),
-                                        ("--status", 4)]:
-                    self.assertEqual(run_fingerd(*config, command), (
-                        status, "", f"fingerd: {path} names pid {victim} and"
-                        f" belongs to uid {NOBODY}, but pid {process.pid} has"
-                        " locked it; not believed\n"))
-                self.assertEqual(program.start("--pidfile", path), (
-                    1, "", f"fingerd: {path} belongs to another user; remove"
-                           " it, or name another pidfile\n"))
+            victim, path = program.pid, os.path.join(folder, "pid")
+            stop = ["--config", program.config, "--pidfile", path, "--stop"]
+            with self.forger(path, victim) as process:
+                refuses(path, NOBODY, process.pid)
+                self.assertEqual(run_fingerd(*stop)[0], 1)
+                with self.assertRaisesRegex(
+                        fingerd.StartError, f"^{path} belongs to another user;"
+                        " remove it, or name another pidfile$"):
+                    fingerd.lock_pidfile(path)
             os.unlink(path)
-            for make in (os.symlink, os.link):      # to a pidfile of others
-                make(program.pidfile, path)
-                for command in ("--stop", "--reload"):
-                    self.assertEqual(run_fingerd(*config, command)[0], 1)
-                os.unlink(path)
-            self.assertEqual(program.pid, victim)
-            os.kill(victim, 0)
+            # Only itself can a process have signalled so.
+            with self.forger(path) as process:
+                self.assertEqual(run_fingerd(*stop)[0], 0)
+                self.assertEqual(process.wait(), -signal.SIGTERM)
             # One that the locking process does not own, nor root.
             os.chown(program.pidfile, 54321, -1)
-            for command in ("--stop", "--reload"):
-                self.assertEqual(program.run(command), (
-                    1, "", f"fingerd: {program.pidfile} names pid {victim} and"
-                    f" belongs to uid 54321, but pid {victim} has locked it;"
-                    " not believed\n"))
-            self.assertEqual(program.run("--status")[0], 4)
+            refuses(program.pidfile, 54321, victim)
             os.chown(program.pidfile, 0, -1)
-            # Only itself can a process have signalled so.
-            with self.forger(path, b"PID\n") as process:
-                self.assertEqual(run_fingerd(*config, "--stop")[0], 0)
-                self.assertEqual(process.wait(HANG), -signal.SIGTERM)
-            self.assertNotIn("reloaded", "\n".join(program.log()))
+            with as_nobody(), self.assertRaisesRegex(
+                    fingerd.StartError, "^cannot read the pidfile: permission"
+                    f" denied: {program.pidfile}$"):
+                fingerd.find_daemon(program.pidfile)
 
-    def test_who_may_not_open_the_pidfile_cannot_tell(self):
-        read_config("")     # with the modules that nobody may not read
-        with background() as program, as_nobody():
-            self.assertEqual(program.run("--status"), (
-                4, "", "fingerd: cannot read the pidfile: permission"
-                       f" denied: {program.pidfile}\n"))
-
-    @needs("unshare")
     def test_a_process_of_another_namespace_is_not_believed(self):
+        def leave():
+            if ctypes.CDLL(None).unshare(0x20000000):   # CLONE_NEWPID
+                os._exit(77)
+            pid = os.fork()
+            if pid:
+                os._exit(os.WEXITSTATUS(os.waitpid(pid, 0)[1]))
+
         with background() as program:
             status, _, err = run_fingerd(
                 "--config", program.config, "--pidfile", program.pidfile,
-                "--stop", command=["unshare", "--pid", "--fork",
-                                   *fingerd_command()])
-            if "unshare failed" in err:
-                self.skipTest(err)
+                "--stop", preexec_fn=leave)
+            if status == 77:
+                self.skipTest("no other namespace can be had")
             self.assertEqual((status, err), (
                 1, "fingerd: cannot read the pidfile: a process of another"
                    " namespace has locked it\n"))
 
     def test_root_writes_no_log_where_another_user_wants_it(self):
-        with installed() as program, tempfile.TemporaryDirectory() as sticky:
+        with tempfile.TemporaryDirectory() as root, \
+                tempfile.TemporaryDirectory() as sticky:
             ours, log, theirs = (os.path.join(folder, name) for folder, name in
-                                 [(program.directory, "ours"), (sticky, "log"),
+                                 [(root, "ours"), (sticky, "log"),
                                   (sticky, "theirs")])
             os.mkdir(ours)
-            write_file(ours, "file", "precious")
+            file = write_file(ours, "file", "precious")
             os.chmod(sticky, 0o1777)
             os.makedirs(theirs + "/log")
 
@@ -3539,22 +3533,21 @@ class PrivilegesTest(unittest.TestCase):
                 with socket.socket(socket.AF_UNIX) as sock:
                     sock.bind(log)
 
-            file, inner = ours + "/file", theirs + "/log/log"
-            unsafe = f"{log} is a link, a device or another user's; name "
+            inner = theirs + "/log/log"
+            unsafe = f"^{log} is a link, a device or another user's; name "
             attacks: list[Any] = [
                 ("symlink", log, unsafe, os.symlink, file, log),
                 ("broken", log, unsafe, os.symlink, ours + "/new", log),
                 ("hard link", log, unsafe, os.link, file, log),
                 ("file", log, unsafe, shutil.copy, file, log),
                 ("pipe", log, unsafe, make_pipe),
-                ("socket", log, "no such device or address", make_socket),
+                ("socket", log, "No such device or address", make_socket),
                 ("device", "/dev/ptmx", "or write to = stderr", list),
                 ("stdout", "/dev/stdout", "or write to = stderr", list),
                 ("symlink above", log + "/file",
                  f"others can change {log};", os.symlink, ours, log),
                 ("symlink far above", log + "/ours/file",
-                 f"others can change {log};", os.symlink,
-                 program.directory, log),
+                 f"others can change {log};", os.symlink, root, log),
                 ("owner above", inner, f"others can change {theirs};",
                  their_directory, NOBODY, 0o755),
                 ("mode above", inner, f"others can change {theirs};",
@@ -3563,41 +3556,38 @@ class PrivilegesTest(unittest.TestCase):
                 make(*args)
                 if os.path.lexists(log) and what != "hard link":
                     os.chown(log, NOBODY, -1, follow_symlinks=False)
-                with self.subTest(what=what):
-                    status, _, err = program.start("--user", "daemon",
-                                                   log=path)
-                    self.assertEqual(status, 1)
-                    self.assertIn("fingerd: cannot open the log: ", err)
-                    self.assertIn(message, err)
+                with self.subTest(what=what), \
+                        self.assertRaisesRegex(OSError, message):
+                    fingerd.open_log_file(path, (1, 1))
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(log)
             self.assertEqual(os.listdir(ours), ["file"])
             self.assertEqual(pathlib.Path(file).read_text(), "precious")
 
     def test_root_writes_its_log_to_what_is_its_own_or_the_users(self):
-        with background(start=False) as program, \
-                tempfile.TemporaryDirectory() as folder:
-            log = program.log_path = os.path.join(folder, "log")
-            for owner, (mode, uid) in itertools.product((0, NOBODY), [
-                    (0o1777, 0), (0o755, 0), (0o777, NOBODY),
-                    (0o755, 54321)]):
+        nobody = (NOBODY, NOBODY)
+        with tempfile.TemporaryDirectory() as folder:
+            for uid, mode in [(0, 0o1777), (0, 0o755), (NOBODY, 0o777),
+                              (54321, 0o755)]:
                 os.chown(folder, uid, -1)
                 os.chmod(folder, mode)
-                os.chown(write_file(folder, "log"), owner, -1)
-                with self.subTest(owner=owner, folder=(uid, mode)):
-                    self.assertEqual(program.start(), (0, "", ""))
-                    os.kill(program.pid, signal.SIGHUP)
-                    program.wait_log("reloaded" if owner else "-failed")
-                    self.assertEqual(program.run("--stop")[0], 0)
-            self.assertEqual(program.start(log=os.devnull), (0, "", ""))
-            program.run("--stop")
+                for owner in nobody[:1] + (0,):
+                    log = write_file(folder, "log")
+                    os.chown(log, owner, -1)
+                    with self.subTest(owner=owner, folder=(uid, mode)):
+                        os.close(fingerd.open_log_file(log, nobody))
+                        with as_nobody(), contextlib.ExitStack() as stack:
+                            if not owner:   # a reload could not open it again
+                                stack.enter_context(
+                                    self.assertRaises(PermissionError))
+                            os.close(fingerd.open_log_file(log, None))
+            os.close(fingerd.open_log_file(os.devnull, nobody))
             os.unlink(log)
             os.mkfifo(log)
             os.chown(log, NOBODY, -1)
             reader = os.open(log, os.O_RDWR)
             self.addCleanup(os.close, reader)
-            self.assertEqual(program.start(), (0, "", ""))
-            self.assertIn(b" ready ", os.read(reader, 4096))
+            os.close(fingerd.open_log_file(log, nobody))
 
 
 class ServiceManagerTest(unittest.TestCase):
