@@ -375,23 +375,26 @@ def load_backends() -> tuple[dict[str, Any], str]:
     return {**BACKENDS, **fingerd_backends.BACKENDS}, ""
 
 
-def find_backend(name: str, sections: tuple[str, ...] = ()) -> Any:
+def find_backend(name: str, used: bool) -> Any:
     """Give the class for a name such as `web` or `web:staff`, or ValueError.
 
-    For the name of a section, give others that a typing error may mean.
+    If it is not used, it is only the name of a section.
     """
     kind = name.partition(":")[0]
     classes, failure = (BACKENDS, "") if kind in BACKENDS else load_backends()
     if kind in classes and BACKEND_NAME.fullmatch(name):
         return classes[kind]
-    form, wrong, cure = "{}", "is not a backend", "write backend = users"
-    if sections:
-        form, wrong, cure = "[{}]", "no such section", "remove the section"
-    guess = suggest(form.format(name),
-                    [form.format(known) for known in (*sections, *classes)])
+    known = list(classes)
+    form, wrong, cure = (
+        'backend: "{}"', "is not a backend", "write backend = users")
+    if not used:
+        name = f"[{name}]"
+        known = [f"[{section}]" for section in (*CORE, "aliases", *known)]
+        form, wrong, cure = "{}:", "no such section", "remove the section"
+    guess = suggest(name, known)
     if failure and "did you mean" not in guess:
-        raise ValueError(f"{failure}, or {cure}")
-    raise ValueError(wrong + guess)
+        wrong, guess = failure, f", or {cure}"
+    raise ValueError(f"{form.format(name)} {wrong}{guess}")
 
 
 def suggest(word: str, choices: list[str]) -> str:
@@ -438,34 +441,31 @@ class Setting(NamedTuple):
 # Converters take a text.  For a bad one they raise ValueError("is not ..."),
 # with "; " and what to write if the setting's default is not an example.
 
+def text_matching(pattern: str, what: str,
+                  convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """Make a converter of texts that match all of a pattern."""
+    def check(text: str) -> Any:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"is not {what}")
+        return convert(text)
+    return check
+
+
 def number_from(low: float, high: float, what: str) -> Callable[[str], Any]:
     """Make a converter to numbers; what is a key of NUMBERS."""
     def convert(text: str) -> float:
-        if not re.fullmatch(NUMBERS[what], text):
-            raise ValueError(f"is not {what}")
         value = float(text.rstrip("KkMm")) * UNITS.get(text[-1].upper(), 1)
         if not low <= value <= high:
             raise ValueError(f"is not between {low} and {high}")
         return int(value) if value.is_integer() else value
-    return convert
+    return text_matching(NUMBERS[what], what, convert)
 
 
-def text_matching(pattern: str, what: str) -> Callable[[str], str]:
-    """Make a converter that takes texts that match all of a pattern."""
-    def convert(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise ValueError(f"is not {what}")
-        return text
-    return convert
-
-
-def one_of(*choices: str) -> Callable[[str], str]:
-    """Make a converter that takes these words, in any case."""
-    def convert(text: str) -> str:
-        if text.lower() not in choices:
-            raise ValueError(f"is not one of {', '.join(choices)}")
-        return text.lower()
-    return convert
+def one_of(*words: str, convert: Callable[[str], Any] = str.lower
+           ) -> Callable[[str], Any]:
+    """Make a converter of these words, in any case."""
+    return text_matching("(?ai)" + "|".join(words),
+                         f"one of {', '.join(words)}", convert)
 
 
 def list_of(convert: Callable[[str], Any],
@@ -477,14 +477,6 @@ def list_of(convert: Callable[[str], Any],
             raise ValueError("is empty")
         return tuple(convert(word) for word in words)
     return convert_words
-
-
-def to_bool(text: str) -> bool:
-    return one_of(*YES, *NO)(text) in YES
-
-
-def to_mask(text: str) -> int:
-    return int(text_matching("0*[0-7]{1,3}", "an octal mask")(text), 8)
 
 
 def to_host(text: str) -> str:
@@ -565,7 +557,7 @@ def to_syslog(text: str) -> str | tuple[str, int]:
 # The next number would be -1: "do not change" for chown(2) and setresuid(2).
 to_id = number_from(0, 0xfffffffe, "a whole number")
 KINDS: dict[str, Callable[[str], Any]] = {
-    "yes/no": to_bool,
+    "yes/no": one_of(*YES, *NO, convert=lambda text: text.lower() in YES),
     "seconds": number_from(0.001, MAX_SECONDS, "a number of seconds"),
     "period": number_from(0, MAX_SECONDS, "a number of seconds"),
     "count": number_from(1, MAX_COUNT, "a whole number"),
@@ -588,7 +580,8 @@ KINDS: dict[str, Callable[[str], Any]] = {
     "syslog": to_syslog,
     "user": to_user,
     "group": to_group,
-    "octal": to_mask,
+    "octal": text_matching(
+        "0*[0-7]{1,3}", "an octal mask", lambda text: int(text, 8)),
     "format": one_of("text", "json"),
     "level": one_of(*LEVELS),
     "part": one_of("full", "network", "none"),
@@ -688,18 +681,16 @@ class Notes(list):
     def add(self, line: int, text: str) -> None:
         self.append((line, text))
 
-    def place(self, section: Section, label: str,
-              texts: Iterable[str]) -> None:
-        """Add a backend's notes, `setting: text`, each at the setting's line.
+    def place(self, section: Section, text: str) -> None:
+        """Add a backend's note, `setting: text`, at the setting's line.
 
-        A setting that has a note is skipped: the backend saw its default.
+        If the setting has a note, the backend saw only its default.
         """
-        noted = {(line, text.partition(":")[0]) for line, text in self}
-        for text in texts:
-            setting = text.partition(":")[0]
-            line = section.entries.get(setting, section).line
-            if (line, setting) not in noted:
-                self.add(line, label + text)
+        setting = text.partition(":")[0]
+        line = section.entries.get(setting, section).line
+        if (line, setting) not in [(line, text.partition(":")[0])
+                                   for line, text in self]:
+            self.add(line, text)
 
     def texts(self, path: str) -> list[str]:
         return [f"{path}:{line}: {text}" if line else text
@@ -822,19 +813,28 @@ def convert_core(sections, overrides, old, errors):
                    *(Entry(0, row.name, overrides[row.name], "")
                      for row in rows if row.name in overrides)]
         values = convert_section(rows, entries, errors)
+        setattr(config, section, types.SimpleNamespace(**values))
         for row in rows:
             config.raw_values[section, row.name] = row.default
         for entry in entries:
             config.raw_values[section, entry.name.lower()] = full_text(entry)
             config.lines[entry.name.lower()] = entry.line
-        setattr(config, section, types.SimpleNamespace(**values))
     if old:
         config.daemon = old.daemon
     return config
 
 
 def convert_section(rows, entries, errors):
-    """Give the values by name; note entries that are not in rows."""
+    """Give the values by name; note entries that are not in rows.
+
+    If rows are None, any name that a query can ask for may be there.
+    """
+    if rows is None:
+        for entry in entries:
+            if UNASKED.search(entry.name):
+                errors.add(entry.line, f"{entry.name}: no query can match this"
+                                       " name; write it without spaces and @")
+        return {entry.name: full_text(entry) for entry in entries}
     values = {row.name: KINDS[row.kind](row.default) for row in rows}
     known = {row.name: row for row in rows}
     for entry in entries:       # the later one counts
@@ -867,45 +867,32 @@ def convert_entry(row: Setting, entry: Entry, errors: Notes) -> Any:
         return KINDS[row.kind](row.default)
 
 
-def convert_options(settings, section, errors):
-    """Give the values of a section outside CORE, by settings of a backend."""
-    entries = section.entries.values()
-    if settings is not None:
-        return convert_section([Setting("", *row) for row in settings],
-                               entries, errors)
-    for entry in entries:
-        if UNASKED.search(entry.name):
-            errors.add(entry.line, f"{entry.name}: no query can match this"
-                                   " name; write it without spaces and @")
-    return {entry.name: full_text(entry) for entry in entries}
-
-
 # From values to backends.
 
 def make_aliases(section: Section, errors: Notes) -> dict[str, list[str]]:
     """Give the names that each alias means, by alias in lower case."""
-    options = convert_options(None, section, errors)
-    texts = {name.lower(): text for name, text in options.items()}
+    convert_section(None, section.entries.values(), errors)
     aliases = {}
-    for name in texts:
+    for name, entry in section.entries.items():
         try:
-            aliases[name] = follow_alias(name, texts)
+            aliases[name] = follow_alias(name, section.entries)
         except ValueError as error:
-            errors.add(section.entries[name].line, f"{name}: {error}")
+            errors.add(entry.line, f"{name}: {error}")
     return aliases
 
 
-def follow_alias(word: str, texts: dict[str, str], *path: str) -> list[str]:
+def follow_alias(word: str, aliases: dict[str, Entry],
+                 *path: str) -> list[str]:
     """Give the names that a word means; path is the aliases before it."""
     name = word.lower()
-    if name not in texts:
+    if name not in aliases:
         return [word]
     if name in path or len(path) > MAX_USERS:
         raise ValueError("is a circle, or too long a chain"
                          f" ({' = '.join((*path, name))}); cut it")
     names = []
-    for meant in texts[name].split():
-        names += follow_alias(meant, texts, *path, name)
+    for meant in full_text(aliases[name]).split():
+        names += follow_alias(meant, aliases, *path, name)
     if not 1 <= len(names) <= MAX_USERS or "@" in "".join(names):
         raise ValueError(f"does not stand for 1 to {MAX_USERS} names; write"
                          " these, without @")
@@ -922,32 +909,29 @@ def make_backends(config, sections, report, chroot, errors, warnings):
     if len(set(names)) < len(names):
         errors.add(line, "backend: names one twice; name each once")
     for name in dict.fromkeys((*names, *sections)):
-        section, label = sections.get(name), ""
-        if not section:
-            section, label = Section(line, {}), f"[{name}]: "
-        used = name in names
+        section = sections.get(name, Section(line, {}))
         try:
-            cls = find_backend(name, () if used else (*CORE, "aliases"))
+            cls = find_backend(name, name in names)
         except ValueError as error:
-            if used:
-                errors.add(line, f'backend: "{name}" {error}')
-            else:
-                errors.add(section.line, f"[{name}]: {error}")
+            errors.add(line if name in names else section.line, str(error))
             continue
-        options = convert_options(cls.settings, section, errors)
-        if not used:
+        rows = cls.settings and [Setting("", *row) for row in cls.settings]
+        options = convert_section(rows, section.entries.values(), errors)
+        if name not in names:
             warnings.add(section.line, f"[{name}]: is not used; add {name} to"
                                        " backend, or remove the section")
             continue
+        notes, label = warnings, "" if name in sections else f"[{name}]: "
         try:
             backend = cls(options, functools.partial(report, name))
             if chroot and hasattr(backend, "enter_chroot"):
                 backend.enter_chroot(chroot)
-        except ValueError as error:
-            errors.place(section, label, str(error).splitlines())
-        else:
-            warnings.place(section, label, getattr(backend, "warnings", ()))
+            texts = getattr(backend, "warnings", ())
             yield name, backend
+        except ValueError as error:
+            notes, texts = errors, str(error).splitlines()
+        for text in texts:
+            notes.place(section, label + text)
 
 
 # ---- Log ------------------------------------------------------------------
