@@ -5655,7 +5655,7 @@ class RemoteBackendTest(BackendCase):
             *((said, "x", said) for said in (
                 b"No such user\r\nas x\r\n", b"no such user: x\r\n",
                 b"There is no such user\r\n")),
-            *((said, "x", OSError(said.decode().strip())) for said in (
+            *((said, "x", OSError(str(said, "ascii").strip())) for said in (
                 FAILED, b"Access denied\r\n", denied,
                 b"Too many queries, try again later\r\n")),
             (denied, "", None), (b"\x1b[2J\xff\n", "w", b"^[[2J\\xff\r\n")]
