@@ -4035,7 +4035,8 @@ class CommandLineTest(unittest.TestCase):
                 ("127.0.0.1", 0)) as listener, installed() as program, \
                 open(program.config, "rb") as config:
             address = listener.getsockname()
-            program.serve("--config", "/dev/fd/5", keep=range(3, 200),
+            program.serve("--config", "/dev/fd/5",
+                          keep=(3, 4, 5, *range(100, 200)),
                           preexec_fn=inherit)
             os.close(writer)
             listener.close()
