@@ -3607,7 +3607,7 @@ class ServiceManagerTest(unittest.TestCase):
                                  WATCHDOG_USEC="200000"), daemon() as program:
                 self.assertEqual(sock.recv(100).decode().split(),
                                  ["READY=1", f"MAINPID={program.pid}"])
-                for _ in range(3):
+                for _ in range(2):
                     self.assertEqual(sock.recv(100), b"WATCHDOG=1")
                 program.process.send_signal(signal.SIGHUP)
                 said = b""
@@ -3625,98 +3625,99 @@ class ServiceManagerTest(unittest.TestCase):
                 while sock.recv(100) != b"STOPPING=1":
                     pass
 
-    @unittest.skipUnless(sys.platform == "linux", "abstract names are Linux's")
-    def test_shows_no_life_to_a_watchdog_of_another_process(self):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.bind("")       # Linux makes an abstract name
-            sock.settimeout(HANG)
-            name = "@" + sock.getsockname()[1:].decode()
-            with mock.patch.dict(os.environ, NOTIFY_SOCKET=name, WATCHDOG_PID=(
-                    "1"), WATCHDOG_USEC="200000"), daemon() as program:
-                self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
-                program.stop()
-                self.assertRegex(sock.recv(100), b"^READY=1")
-                self.assertEqual(sock.recv(100), b"STOPPING=1")
+    def test_finds_what_systemd_tells(self):
+        ours, none = str(os.getpid()), math.inf
+        with tempfile.TemporaryDirectory() as directory, socket.socket(
+                socket.AF_UNIX, socket.SOCK_DGRAM) as sock, socket.socket(
+                socket.AF_UNIX, socket.SOCK_DGRAM) as abstract:
+            path = os.path.join(directory, "notify")
+            sock.bind(path)
+            systems = [(path, sock)]
+            if sys.platform == "linux":
+                abstract.bind("")
+                name = abstract.getsockname()[1:].decode()
+                systems.append((f"@{name}", abstract))
+            for (name, system), (variables, period) in itertools.product(
+                    systems, [
+                        ({}, none), ({"WATCHDOG_USEC": "200000"}, 0.1),
+                        ({"WATCHDOG_USEC": "2e5"}, none),
+                        ({"WATCHDOG_USEC": "9", "WATCHDOG_PID": "1"}, none),
+                        ({"WATCHDOG_USEC": "2000000", "WATCHDOG_PID": ours},
+                         1)]):
+                with mock.patch.dict(os.environ, NOTIFY_SOCKET=name,
+                                     **variables), self.notifier() as notifier:
+                    notifier.find_systemd()
+                    notifier.report("a", "b")
+                    self.assertEqual((notifier.period, system.recv(100)),
+                                     (period, b"a\nb"))
+            with mock.patch.dict(os.environ, NOTIFY_SOCKET=path + "x"), \
+                    self.notifier() as notifier, self.assertRaisesRegex(
+                    fingerd.StartError, "^cannot reach NOTIFY_SOCKET: no such"
+                    " file or directory$"):
+                notifier.find_systemd()
 
-    def test_says_that_the_socket_of_systemd_is_away(self):
-        with installed() as program:
-            path = os.path.join(program.directory, "none")
-            with mock.patch.dict(os.environ, NOTIFY_SOCKET=path):
-                self.assertEqual(program.start()[::2], (
-                    1, "fingerd: cannot reach NOTIFY_SOCKET: no such file or"
-                       " directory\n"))
+    def notifier(self):
+        return fingerd.Notifier(socket.AF_UNIX, socket.SOCK_DGRAM)
 
-    @needs("systemd-socket-activate")
+    def passing(self, file):
+        """Give the options of a start to which systemd passes a file."""
+        def pass_it():
+            os.dup2(file.fileno(), 3)
+            os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+        return {"keep": [3], "preexec_fn": pass_it}
+
     def test_serves_a_socket_that_systemd_has_opened(self):
-        port = free_port()
-        with config_file(USERS) as path, \
-                open(path + ".log", "wb") as log, subprocess.Popen(
-                    ["systemd-socket-activate", "-l", f"127.0.0.1:{port}",
-                     *fingerd_command("--config", path)],
-                    stderr=log) as process:
-            said = Logged(log.name)
-            said.wait_log("Listening on")
-            self.assertEqual(ask(("127.0.0.1", port), b"moshez\r\n"), HAPPY)
-            said.wait_log(rf"ready listen=127\.0\.0\.1:{port} ")
-            process.terminate()
-            self.assertEqual(process.wait(HANG), 0)
+        with socket.create_server(("127.0.0.1", 0)) as sock, \
+                background(start=False) as program:
+            address = sock.getsockname()
+            root = [] if os.geteuid() else ["--user", "root"]
+            self.assertEqual(program.start(*root, **self.passing(sock)), (
+                0, "", "fingerd: --listen: is not used with systemd's sockets;"
+                       " remove it\n"))
+            self.assertEqual(program.address, address)
+            self.assertEqual(ask(address, b"moshez\r\n"), HAPPY)
+            self.assertEqual(program.run("--stop"), (0, "", ""))
+            connect(address).close()    # systemd goes on listening
 
     def test_refuses_a_passed_descriptor_that_is_no_listening_socket(self):
-        def pass_it():
-            os.dup2(passed, 3)
-            os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
-
         with socket.socket() as tcp, open(os.devnull) as null, \
                 socket.socket(socket.AF_UNIX) as unix:
             unix.bind("")
             unix.listen()
             for file in (null, tcp, unix):
-                passed = file.fileno()
                 self.assertEqual(
-                    run_fingerd("--config", str(EXAMPLE), keep=[3],
-                                preexec_fn=pass_it),
+                    run_fingerd("--config", str(EXAMPLE),
+                                **self.passing(file)),
                     (1, "", "fingerd: LISTEN_FDS: descriptor 3 is not a"
                             " listening TCP socket; write ListenStream=79\n"))
 
-    @contextlib.contextmanager
-    def in_the_journal(self, text=USERS):
-        """Give the program, whose log is what the journal reads."""
-        with installed(text) as program:
-            info = os.stat(write_file(program.directory, "log"))
-            with mock.patch.dict(os.environ, JOURNAL_STREAM=(
-                    f"{info.st_dev}:{info.st_ino}")):
-                yield program
-
     def test_lines_for_the_journal_carry_their_priority(self):
-        for form in ("text", "json"):
-            with self.subTest(format=form), self.in_the_journal(
-                    f"[log]\nformat = {form}\n[web]\n" + USERS) as program:
+        with installed("[web]\n" + USERS) as program:
+            info = os.stat(write_file(program.directory, "log"))
+            journal = {"JOURNAL_STREAM": f"{info.st_dev}:{info.st_ino}"}
+            with mock.patch.dict(os.environ, journal):
                 program.serve("--prefix", "who")
                 self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
+                program.reload("[log]\nformat = json\n", "reloaded")
                 self.assertEqual(program.stop(), 0)
                 lines = program.log()
                 self.assertEqual(
                     [line[:3] for line in lines if "as root" not in line],
-                    ["<4>", "<5>", "<6>", "<5>"])   # a warning is first
+                    ["<4>", "<5>", "<6>", "<5>", "<5>"])    # a warning first
                 self.assertNotRegex("\n".join(lines), "(fingerd|who): ")
-                self.assertRegex(lines[-1], '^<5>(stopped|{"time": )')
-
-    def test_errors_for_the_journal_carry_their_priority(self):
-        with self.in_the_journal("[nonsense]\n") as program:
-            program.serve("--check")
-            self.assertEqual(program.process.wait(HANG), 2)
+                self.assertRegex(lines[-1], '^<5>{"time": .*"stopped"')
+                program.write("[nonsense]\n")
+                program.serve("--check")
+                self.assertEqual(program.process.wait(HANG), 2)
             first, last = program.log()
             self.assertIn(f"<3>{program.config}:1: [nonsense]", first)
             self.assertEqual(
                 last, f"<3>1 error in {program.config}, not started")
-
-    def test_another_stderr_than_the_journal_gets_the_usual_lines(self):
-        with mock.patch.dict(os.environ, JOURNAL_STREAM="1:2"), \
-                daemon() as program:
-            program.wait_log("^fingerd: ready ")
+        with mock.patch.dict(os.environ, JOURNAL_STREAM="1:2"):
+            self.assertFalse(fingerd.is_journal())
 
     @contextlib.contextmanager
-    def inetd(self, text, *args, **options):
+    def inetd(self, text, *args):
         """Give a client, and what serves it as inetd would: its status."""
         with config_file(text) as path, socket.create_server(
                 ("127.0.0.1", 0)) as listener, connect(
@@ -3727,7 +3728,7 @@ class ServiceManagerTest(unittest.TestCase):
                 with served:
                     return start_fingerd(
                         "--config", path, "--inetd", *args, stdin=served,
-                        stdout=served, stderr=served, **options).wait(HANG)
+                        stdout=served, stderr=served).wait(HANG)
             yield client, serve
 
     @mock.patch.object(fingerd, "GRACE", 0.1)
@@ -3737,7 +3738,6 @@ class ServiceManagerTest(unittest.TestCase):
                   "command = /bin/echo for {user}\n")
         warned = "[limits]\nqueries_per_minute = 9\n[web]\n"
         for text, args, send, reply, status in [
-                ("", [], "moshez\r\n", "Happy and well\r\n", 0),
                 (finger, [], "moshez\r\n", "for moshez\r\n", 0),
                 ("[log]\nto = syslog\nsyslog_address = /no/such\n", [],
                  "moshez\r\n", "Happy and well\r\n", 0),
@@ -3749,32 +3749,23 @@ class ServiceManagerTest(unittest.TestCase):
                 ("", ["--rundir", "/no/such"], "moshez\r\n", fault, 1),
                 ("", ["--logfile", "/no/such/log"], "moshez\r\n", fault, 1)]:
             with self.subTest(text=text, args=args), self.inetd(
-                    text + USERS, *args, fresh=text == finger) as (
-                    client, serve):
+                    text + USERS, *args) as (client, serve):
                 client.sendall(send.encode())
                 if reply != "Query timed out\r\n":
                     client.shutdown(socket.SHUT_WR)
                 self.assertEqual(serve(), status)
                 self.assertEqual(read_all(client), reply.encode())
 
-    @mock.patch.object(fingerd, "GRACE", 0)
     def test_a_client_of_inetd_has_time_to_write_its_line(self):
         log = fingerd.Log()
-        log.level = len(fingerd.LEVELS)
-        ours, = fingerd.open_listeners([("127.0.0.1", 0)])
-        with ours, connect(ours.getsockname()) as client, fingerd.FingerServer(
+        ours, theirs = socket.socketpair()
+        with theirs, fingerd.FingerServer(
                 [], fingerd.Answers(read_config(USERS), log), log) as server:
-            serve = threading.Thread(target=server.serve_one,
-                                     args=[ours.accept()[0]])
-            serve.start()
-            client.settimeout(0.1)
-            with self.assertRaises(socket.timeout):
-                client.recv(1)
-            client.sendall(b"moshez\r\n")
-            client.settimeout(HANG)
-            self.assertEqual(read_all(client), HAPPY)
-            client.close()
-            serve.join(HANG)
+            theirs.sendall(b"mos")
+            server.process_request(ours, ("192.0.2.7", 1))
+            handler, = server.waiting.handlers[fingerd.READ]
+            self.assertGreater(handler.deadline, time.monotonic() + 5)
+            server.stop()
 
     def test_a_client_of_inetd_that_has_left_before_the_start_is_gone(self):
         with tempfile.TemporaryDirectory() as directory:
@@ -3797,33 +3788,6 @@ class ServiceManagerTest(unittest.TestCase):
                 self.assertRegex(
                     err, "^fingerd: --inetd: standard input is not a"
                     " connection: .*; have inetd start it\n$")
-
-    @needs_root
-    def test_serves_for_a_real_inetd(self):
-        inetd = shutil.which("inetd", path="/usr/sbin:/sbin")
-        if not inetd:
-            self.skipTest("inetd is not installed")
-        port = free_port()
-        with installed() as program:
-            program.write(f"[log]\nto = {program.log_path}\n" + USERS)
-            script = write_file(
-                program.directory, "run", "#!/bin/sh\nexec " + " ".join(map(
-                    shlex.quote, fingerd_command("--config", program.config,
-                                                 "--inetd"))))
-            os.chmod(script, 0o755)
-            table = write_file(
-                program.directory, "inetd.conf",
-                f"127.0.0.1:{port} stream tcp nowait root {script} fingerd\n")
-            with subprocess.Popen([inetd, "-i", table],
-                                  stderr=subprocess.DEVNULL) as process:
-                try:
-                    wait_until(lambda: not refused(("127.0.0.1", port)),
-                               "inetd")
-                    self.assertEqual(ask(("127.0.0.1", port), b"moshez\r\n"),
-                                     HAPPY)
-                    program.wait_log('q="moshez" outcome=answered')
-                finally:
-                    process.terminate()
 
 
 class BundleTest(Case):

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Tests of fingerd beside programs of other people: python3 .ci/others.py
 
-They need root, and what .ci/run installs: finger, HAProxy, lynx, nmap, nc,
-PostgreSQL, telnet, pg8000 and prometheus_client.
+They need root, and what .ci/run installs: finger, HAProxy, inetd, lynx, nmap,
+nc, PostgreSQL, systemd, telnet, pg8000 and prometheus_client.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -52,10 +53,13 @@ from test_fingerd import (
     connect,
     daemon,
     defaults,
+    fingerd_command,
+    free_port,
     in_threads,
     installed,
     pack_utmp,
     read_all,
+    refused,
     run_python,
     wait_until,
     write_file,
@@ -119,6 +123,40 @@ class ClientsTest(ServerCase):
             self.assertEqual(
                 self.run_client("nc", "-N", "-w", "5", host, port, send=send),
                 "Happy and well\n")
+
+
+class ServiceManagerTest(unittest.TestCase):
+    """The programs that open sockets for others."""
+
+    def serves(self, port, command):
+        """Start a program; does fingerd answer on its port?"""
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+            try:
+                wait_until(lambda: not refused(("127.0.0.1", port)), command)
+                self.assertEqual(ask(("127.0.0.1", port), b"moshez\r\n"),
+                                 HAPPY)
+            finally:
+                process.terminate()
+
+    def test_serves_a_socket_of_systemd(self):
+        port = free_port()
+        with config_file(USERS) as path:
+            self.serves(port, ["systemd-socket-activate", "-l",
+                               f"127.0.0.1:{port}",
+                               *fingerd_command("--config", path)])
+
+    def test_serves_for_inetd(self):
+        port = free_port()
+        with config_file(USERS) as path:
+            folder = os.path.dirname(path)
+            command = fingerd_command("--config", path, "--inetd")
+            script = write_file(folder, "run",
+                                f"#!/bin/sh\nexec {shlex.join(command)}\n")
+            os.chmod(script, 0o755)
+            table = write_file(
+                folder, "inetd.conf",
+                f"127.0.0.1:{port} stream tcp nowait root {script} fingerd\n")
+            self.serves(port, ["/usr/sbin/inetd", "-i", table])
 
 
 class RealFingerTest(BackendCase):
