@@ -2819,7 +2819,7 @@ def daemonize() -> Callable[[], None]:
     """Continue in the background, in a session of its own (daemon(7)).
 
     Gives a function that ends the launching command with status 0, and leaves
-    its terminal.  If the daemon ends without a call of it, the status is 1.
+    its terminal.  If the daemon ends before that is called, the status is 1.
     """
     launcher, ready = os.pipe()
     if os.fork():
@@ -2845,12 +2845,10 @@ def open_terminal() -> int | None:
 
     If SIGHUP is ignored (nohup), the end of the terminal does not matter.
     """
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        return None
-    try:
-        return os.open("/dev/tty", os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
-    except OSError:
-        return None
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        with contextlib.suppress(OSError):
+            return os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+    return None
 
 
 class Notifier(socket.socket):
@@ -2950,7 +2948,7 @@ class Daemon:
         """Enter the chroot and the rundir, and become the user."""
         daemon = self.config.daemon
         rundir = daemon.rundir or (
-            "/" if daemon.daemonize or daemon.chroot else "")
+            "/" if daemon.daemonize or daemon.chroot else ".")
         if self.ids:
             load_late_imports()
         with attempt("enter chroot or rundir"):
@@ -2959,8 +2957,7 @@ class Daemon:
                 os.chroot(daemon.chroot)
                 os.chdir("/")
                 self.root = os.path.normpath(daemon.chroot)
-            if rundir:
-                os.chdir(rundir)
+            os.chdir(rundir)
         if self.ids:
             drop_privileges(*self.ids)
 

@@ -292,6 +292,9 @@ def fingerd_command(*args):
             str(PROGRAM), *args]
 
 
+fingerd.load_late_imports()     # now, and not in each fork
+
+
 class Fork:
     """The program in a fork of this process, with the methods of a Popen.
 
