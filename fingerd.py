@@ -2532,7 +2532,6 @@ def passed_listeners() -> Iterator[Listener]:
             if listener.family in (socket.AF_INET, socket.AF_INET6) and (
                     listener.getsockopt(socket.SOL_SOCKET,
                                         socket.SO_ACCEPTCONN)):
-                listener.set_inheritable(False)
                 listener.passed = True
                 yield listener
                 continue
@@ -2575,13 +2574,29 @@ def is_lone_file(info: os.stat_result) -> bool:
 
 @contextlib.contextmanager
 def hold_pidfile(path: str) -> Iterator[None]:
-    """Keep a pidfile locked, with our number; empty it in the end.
+    """Keep a pidfile locked, with our number in it; empty it in the end.
 
-    Meanwhile do not open it: the close would end the lock.  Forks do not hold
-    it.
+    The lock is one of lockf(3), as the system can name the process that holds
+    it.  Forks do not hold it, and to open and close the file again ends it.
+    The number alone proves nothing: a crash leaves it behind, and another
+    user may have written it.
     """
     with attempt("lock the pidfile"):
-        fd = lock_pidfile(path)
+        fd = os.open(path, SAFE_FLAGS | os.O_RDWR | os.O_CREAT,
+                     0o600)             # who can read a file can lock it
+        read_pidfile(fd, path)
+        if os.fstat(fd).st_uid not in (0, os.geteuid()):
+            raise StartError(f"{path} belongs to another user; remove it, or"
+                             " name another pidfile")
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StartError(f"already running, pid {find_daemon(path)[0]}"
+                             f" ({path} is locked)") from None
+        if not os.fstat(fd).st_nlink:
+            raise StartError(f"{path} has just been removed; start again")
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
     try:
         yield
     finally:
@@ -2590,32 +2605,6 @@ def hold_pidfile(path: str) -> Iterator[None]:
             if os.path.samestat(os.fstat(fd), os.stat(path)):
                 os.unlink(path)
         os.close(fd)
-
-
-def lock_pidfile(path: str) -> int:
-    """Lock a pidfile, created if need be, and write our number into it.
-
-    The lock is one of lockf(3), as the system can name the process that holds
-    it.  The number alone proves nothing: a crash leaves it behind, and another
-    user may have written it.
-    """
-    while True:
-        fd = os.open(path, SAFE_FLAGS | os.O_RDWR | os.O_CREAT,
-                     0o600)             # who can read a file can lock it
-        read_pidfile(fd, path)
-        if os.fstat(fd).st_uid not in (0, os.geteuid()):
-            raise StartError(f"{path} belongs to another user; remove it, or"
-                             " name another pidfile")
-        with contextlib.suppress(BlockingIOError):
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(fd).st_nlink:   # else one that has ended removed it
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, b"%d\n" % os.getpid(), 0)
-                return fd
-        os.close(fd)
-        pid, _ = find_daemon(path)
-        if pid:
-            raise StartError(f"already running, pid {pid} ({path} is locked)")
 
 
 def read_pidfile(fd: int, path: str) -> int:
@@ -2712,9 +2701,7 @@ def unreadable_config(config: Any, ids: tuple[int, ...] = ()) -> str:
     """
     with contextlib.suppress(StartError):
         ids = ids or (choose_ids(config.daemon) or ())[1:]
-    if not ids:         # the daemon keeps ours, and we have read the config
-        return ""
-    uid, gid = ids
+    uid, gid = ids or (0, 0)    # ours stay, and we have read the config
     path = os.path.abspath(config.path)
     root = os.path.normpath(config.daemon.chroot or "/")
     cannot = f"a reload cannot read {path}:"

@@ -2789,20 +2789,16 @@ class BackgroundTest(unittest.TestCase):
             self.assertEqual(sorted(start.wait() for start in starts),
                              [0, 1, 1, 1, 1])
 
-    def test_makes_a_pidfile_again_that_another_has_just_removed(self):
+    def test_a_pidfile_is_removed_at_the_end_or_has_been_before(self):
         with tempfile.TemporaryDirectory() as directory:
-            path = write_file(directory, "pid", "4711\n")
-            ends, lockf = iter([path]), fcntl.lockf
-
-            def lock(fd, operation):
-                for name in ends:
-                    os.unlink(name)
-                lockf(fd, operation)
-
-            with mock.patch("fcntl.lockf", lock), fingerd.hold_pidfile(path):
-                self.assertEqual(pathlib.Path(path).read_text(),
-                                 f"{os.getpid()}\n")
+            path = os.path.join(directory, "pid")
+            with fingerd.hold_pidfile(path):
+                self.assertEqual(os.listdir(directory), ["pid"])
             self.assertEqual(os.listdir(directory), [])
+            with mock.patch("fcntl.lockf", lambda *args: os.unlink(path)), \
+                    self.assertRaisesRegex(
+                        fingerd.StartError, "just been removed; start again"):
+                fingerd.hold_pidfile(path).__enter__()
 
     def test_takes_nothing_else_for_a_pidfile(self):
         with config_file(USERS) as config:
@@ -2812,9 +2808,8 @@ class BackgroundTest(unittest.TestCase):
                 before = os.lstat(path)
                 with self.assertRaises(fingerd.StartError):
                     fingerd.find_daemon(path)
-                with self.assertRaises(fingerd.StartError), \
-                        fingerd.hold_pidfile(path):
-                    pass
+                with self.assertRaises(fingerd.StartError):
+                    fingerd.hold_pidfile(path).__enter__()
                 self.assertEqual(os.lstat(path)[:7], before[:7])
 
             self.assertEqual(fingerd.find_daemon(path), (0, 0))
@@ -3482,7 +3477,7 @@ class PrivilegesTest(unittest.TestCase):
                 with self.assertRaisesRegex(
                         fingerd.StartError, f"^{path} belongs to another user;"
                         " remove it, or name another pidfile$"):
-                    fingerd.lock_pidfile(path)
+                    fingerd.hold_pidfile(path).__enter__()
             os.unlink(path)
             # Only itself can a process have signalled so.
             with self.forger(path) as process:
