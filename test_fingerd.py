@@ -740,11 +740,6 @@ class ReplyTest(unittest.TestCase):
              "timeout": b"Query timed out\r\n",
              "silent": b"Query timed out\r\n",
              "limited": b"Too many queries, try again later\r\n"})
-        self.assertEqual(
-            set(fingerd.OUTCOMES),
-            {"answered", "unknown", "failed", "timeout", "list",
-             "list-denied", "forwarded", "forward-denied", "malformed",
-             "too-long", "denied", "limited", "gone", "silent"})
 
 
 # ---- Settings -------------------------------------------------------------
@@ -1397,20 +1392,18 @@ class AnswerTest(ServerCase):
 
     def test_logs_a_line_for_each_connection(self):
         server = self.serve("[server]\nuser_list = yes\n" + USERS)
-        for line in (b"/W moshez", b"al\x1b\"", b"moshez bob", b""):
+        for line, logged in [
+                (b"/W moshez", 'q="/W moshez" outcome=answered backend=users'
+                 " bytes=16"),
+                (b"al\x1b\"", r'q="al\x1b\"" outcome=malformed backend=-'
+                 " bytes=17"),
+                (b"moshez bob", 'q="moshez bob" outcome=answered backend=users'
+                 " bytes=32"),
+                (b"", 'q="" outcome=list backend=users bytes=68')]:
             server.ask(line + b"\r\n")
-        server.wait_log("query", 4)
-        self.assertEqual(
-            [re.sub(r"^\S+ (.*) port=\d+(.*) ms=\d+", r"\1\2", line)
-             for line in server.log()], [
-            'query client=127.0.0.1 q="/W moshez" outcome=answered'
-            ' backend=users bytes=16',
-            r'query client=127.0.0.1 q="al\x1b\"" outcome=malformed'
-            ' backend=- bytes=17',
-            'query client=127.0.0.1 q="moshez bob" outcome=answered'
-            ' backend=users bytes=32',
-            'query client=127.0.0.1 q="" outcome=list backend=users'
-            ' bytes=68'])
+            server.wait_log(r"query client=127.0.0.1 port=\d+ "
+                            + re.escape(logged) + r" ms=\d+$")
+        self.assertEqual(len(server.log()), 4)
 
     def test_allows_and_denies_by_network(self):
         for policy, host, allowed in [
@@ -2439,27 +2432,6 @@ class FaultsTest(ServerCase):
         server.wait_log("outcome=gone")
         self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
         wait_until(lambda: not server.server.hosts.total, "the close")
-
-    def test_a_file_that_cannot_be_opened_is_named_with_the_reason(self):
-        server = self.serve()
-        path = os.sep + "absent"
-        settings = types.SimpleNamespace(to=path, format="text")
-        for name in ("EACCES", "EINTR", "EIO", "EMFILE", "ENOSPC", "EROFS"):
-            words = os.strerror(getattr(errno, name))
-            error = OSError(getattr(errno, name), words, path)
-            for opener, kind, function in (
-                    ("builtins.open", fingerd.ConfigError,
-                     lambda: fingerd.read_config(path, print)),
-                    ("os.open", fingerd.StartError,
-                     lambda: fingerd.hold_pidfile(path).__enter__()),
-                    ("os.open", OSError,
-                     lambda: server.server.log.open(settings))):
-                with self.subTest(error=name, kind=kind), mock.patch(
-                        opener, side_effect=error), self.assertRaisesRegex(
-                        kind, f"(?i){words}: '?{path}"):
-                    function()
-        self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
-        server.wait_log("outcome=answered")         # the log goes on
 
     def test_a_clock_that_is_set_changes_nothing_but_the_times(self):
         now = time.time()
