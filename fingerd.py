@@ -645,8 +645,8 @@ SETTINGS = tuple(Setting(section, name, kind, default, text, tuple(flags))
 
 # Not configparser: it stops at the first error, does not know the line of a
 # value, and joins an indented setting to the value above it.
-BLOCK = re.compile(r"(?m)^(?=[^\s#])")      # starts with an unindented line
-INDENTED = re.compile(r"(?m)^[^\S\n]+\S")
+INDENTED = ("indented line outside a text value; write it without spaces in"
+            " front")
 UNASKED = re.compile("[\0- \x7f-\x9f@]|^/[Ww]$")    # no query can ask for it
 
 
@@ -665,7 +665,7 @@ class Entry(NamedTuple):
     line: int                   # 0: the command line
     name: str
     text: str                   # on this line
-    below: str                  # indented lines, empty ones and comments
+    below: list[tuple[int, str]]    # numbers of indented or empty lines
 
 
 class Section(NamedTuple):
@@ -749,20 +749,23 @@ def parse_config(text: str, errors: Notes) -> dict[str, Section]:
     """Sort settings into sections; those of the same name are read as one."""
     sections: dict[str, Section] = {}
     section = Section(0, {})            # until the first header
-    start, *blocks = BLOCK.split(text)
-    check_single(0, start, errors)
-    number = start.count("\n") + 1
-    for block in blocks:
-        line, _, below = block.partition("\n")
-        line = line.rstrip()
+    entry: Entry | None = None          # that may have indented lines
+    for number, line in enumerate(map(str.rstrip, text.split("\n")), 1):
+        if not line or line[0].isspace():
+            if entry:
+                entry.below.append((number, line))
+            elif line:
+                errors.add(number, INDENTED)
+            continue
+        if line[0] == "#":
+            continue
         name, equals, value = map(str.strip, line.partition("="))
-        first = number          # line where this name was first
+        entry, first = Entry(number, name, value, []), number
         if line[0] == "[" and line[-1] == "]":
-            name = line
+            name, entry = line, None
             section = sections.setdefault(line[1:-1].strip(),
                                           Section(number, {}))
             first = section.line
-            check_single(number, below, errors)
         elif not equals or not name:
             errors.add(number, f'"{line}" is neither a section nor a setting;'
                                " write [section] or name = value")
@@ -770,32 +773,19 @@ def parse_config(text: str, errors: Notes) -> dict[str, Section]:
             errors.add(number, f"{name}: outside any section; write its"
                                " [section] above it")
         else:
-            first = section.entries.setdefault(
-                name.lower(), Entry(number, name, value, below)).line
+            first = section.entries.setdefault(name.lower(), entry).line
         if first != number:
             errors.add(number, f"{name}: already on line {first}; write it"
                                " once")
-        number += block.count("\n")
     return sections
-
-
-def check_single(line: int, below: str, errors: Notes) -> None:
-    """Note the first indented line below a line that may not have any."""
-    match = INDENTED.search(below)
-    if match:
-        errors.add(line + 1 + below.count("\n", 0, match.start()),
-                   "indented line outside a text value; write it without"
-                   " spaces in front")
 
 
 def full_text(entry: Entry) -> str:
     """Give all lines of a text; those below the first are dedented."""
     if not entry.below:
         return entry.text
-    lines = [line.rstrip() for line in entry.below.split("\n")
-             if not line.startswith("#")]
-    below = textwrap.dedent("\n".join(lines)).rstrip("\n")
-    return "\n".join(filter(None, [entry.text, below]))
+    below = textwrap.dedent("\n".join(line for _, line in entry.below))
+    return "\n".join(filter(None, [entry.text, below.rstrip("\n")]))
 
 
 # From texts to values.
@@ -810,7 +800,7 @@ def convert_core(sections, overrides, old, errors):
             # wait for a network, and fails in a chroot.
             rows = [row._replace(kind="text") for row in rows]
         entries = [*sections.pop(section, Section(0, {})).entries.values(),
-                   *(Entry(0, row.name, overrides[row.name], "")
+                   *(Entry(0, row.name, overrides[row.name], [])
                      for row in rows if row.name in overrides)]
         values = convert_section(rows, entries, errors)
         setattr(config, section, types.SimpleNamespace(**values))
@@ -851,7 +841,9 @@ def convert_entry(row: Setting, entry: Entry, errors: Notes) -> Any:
     """Give the value of an entry; note a bad one and give the default."""
     if row.kind == "text":
         return full_text(entry)
-    check_single(entry.line, entry.below, errors)
+    for number, line in entry.below:
+        if line:
+            errors.add(number, INDENTED)
     try:
         if CONTROLS.search(entry.text):
             raise ValueError("has control characters; remove them")
