@@ -2858,14 +2858,6 @@ class BackgroundTest(unittest.TestCase):
                         result[2], "fingerd: no pidfile is configured; set"
                         " pidfile in [daemon], or give --pidfile\n")
 
-    def test_warns_that_the_log_on_stderr_is_lost(self):
-        with config_file(USERS) as path:
-            self.assertEqual(
-                run_fingerd("--config", path, "--daemon", "--check"),
-                (0, f"{path} is good\n", "fingerd: the log will be lost: it"
-                 " goes to stderr, and there is none in the background; write"
-                 " to = syslog, or a file\n"))
-
 
 class ReloadTest(unittest.TestCase):
     def test_takes_up_users_limits_policy_and_log(self):
@@ -3293,11 +3285,6 @@ class PrivilegesTest(unittest.TestCase):
     # What a site loads at the start cannot be loaded too late.
     bare = {"command": [sys.executable, "-S", str(PROGRAM)]}
 
-    def check_ids(self, program, uid, gid):
-        self.assertEqual(
-            [program.status(key) for key in ("Uid", "Gid", "Groups")],
-            [[str(uid)] * 4, [str(gid)] * 4, [str(gid)]])
-
     def test_becomes_nobody_for_good(self):
         host = f"127.79.{os.getpid() % 250 + 1}.2"
         nobody = pwd.getpwnam("nobody")
@@ -3307,7 +3294,10 @@ class PrivilegesTest(unittest.TestCase):
             for name, reply in [(b"moshez", HAPPY),
                                 (b"x", b"%d\r\n" % nobody.pw_uid)]:
                 self.assertEqual(ask((host, 79), name + b"\r\n"), reply)
-            self.check_ids(program, nobody.pw_uid, nobody.pw_gid)
+            uid, gid = str(nobody.pw_uid), str(nobody.pw_gid)
+            for key, ids in [("Uid", [uid] * 4), ("Gid", [gid] * 4),
+                             ("Groups", [gid])]:
+                self.assertEqual(program.status(key), ids)
             for key in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
                 self.assertEqual(int(program.status(key)[0], 16), 0)
             self.assertEqual(program.status("NoNewPrivs"), ["1"])
@@ -3317,11 +3307,6 @@ class PrivilegesTest(unittest.TestCase):
             program.wait_log('user name=nobody reason="started as root')
             program.wait_log("ready .* user=nobody")
 
-    def test_becomes_numbers_without_an_entry(self):
-        with background(USERS, "--uid", "54321", "--gid", "54322") as program:
-            self.check_ids(program, 54321, 54322)
-            self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
-
     def test_takes_the_group_of_a_user(self):
         entry, nobody = pwd.getpwnam("daemon"), pwd.getpwnam("nobody")
         for user, group, ids in [
@@ -3330,6 +3315,7 @@ class PrivilegesTest(unittest.TestCase):
                 ("daemon", "", ("daemon", entry.pw_uid, entry.pw_gid)),
                 ("daemon", "nogroup", ("daemon", entry.pw_uid,
                                        grp.getgrnam("nogroup").gr_gid)),
+                ("54321", "54322", ("54321", 54321, 54322)),
                 ("54321", "", ("54321", 54321, nobody.pw_gid))]:
             config = read_config("", {"user": user, "group": group})
             self.assertEqual(fingerd.choose_ids(config.daemon), ids)
@@ -3501,10 +3487,6 @@ class PrivilegesTest(unittest.TestCase):
                 os.mkfifo(log)
                 self.addCleanup(os.close, os.open(log, os.O_RDWR))
 
-            def make_socket():
-                with socket.socket(socket.AF_UNIX) as sock:
-                    sock.bind(log)
-
             inner = theirs + "/log/log"
             unsafe = f"^{log} is a link, a device or another user's; name "
             attacks: list[Any] = [
@@ -3513,7 +3495,6 @@ class PrivilegesTest(unittest.TestCase):
                 ("hard link", log, unsafe, os.link, file, log),
                 ("file", log, unsafe, shutil.copy, file, log),
                 ("pipe", log, unsafe, make_pipe),
-                ("socket", log, "No such device or address", make_socket),
                 ("device", "/dev/ptmx", "or write to = stderr", list),
                 ("stdout", "/dev/stdout", "or write to = stderr", list),
                 ("symlink above", log + "/file",
@@ -3575,25 +3556,23 @@ class ServiceManagerTest(unittest.TestCase):
             sock.settimeout(HANG)
             with mock.patch.dict(os.environ, NOTIFY_SOCKET=path,
                                  WATCHDOG_USEC="200000"), daemon() as program:
-                self.assertEqual(sock.recv(100).decode().split(),
-                                 ["READY=1", f"MAINPID={program.pid}"])
-                for _ in range(2):
-                    self.assertEqual(sock.recv(100), b"WATCHDOG=1")
-                program.process.send_signal(signal.SIGHUP)
                 said = b""
-                while b"READY=1" not in said:
-                    said += sock.recv(100) + b" "
-                self.assertRegex(said, rb"RELOADING=1\nMONOTONIC_USEC=\d+ "
-                                       rb"(WATCHDOG=1 )*READY=1")
+
+                def hear(pattern):
+                    nonlocal said
+                    while not re.search(pattern, said, re.DOTALL):
+                        said += sock.recv(100) + b" "
+
+                hear(b"^READY=1\nMAINPID=%d WATCHDOG=1 WATCHDOG=1 "
+                     % program.pid)
+                program.process.send_signal(signal.SIGHUP)
+                hear(rb"RELOADING=1\nMONOTONIC_USEC=\d+ (WATCHDOG=1 )*READY=1")
                 for number in (2, 3):   # each is told, if not acted on
                     program.process.send_signal(signal.SIGHUP)
-                    while said.count(b"RELOADING=1") < number:
-                        said += sock.recv(100)
-                while said.count(b"READY=1") < 2:
-                    said += sock.recv(100)
+                    hear(rb"(RELOADING=1.*){%d}" % number)
+                hear(b"(READY=1.*){3}")
                 program.stop()
-                while sock.recv(100) != b"STOPPING=1":
-                    pass
+                hear(b"STOPPING=1 ")
 
     def test_finds_what_systemd_tells(self):
         ours, none = str(os.getpid()), math.inf
@@ -3841,7 +3820,11 @@ class CommandLineTest(unittest.TestCase):
                 " in inetd"])
             sockets = ("listen: is not used with systemd's sockets; remove"
                        " it\n")
+            lost = ("fingerd: the log will be lost: it goes to stderr, and"
+                    " there is none in the background; write to = syslog, or a"
+                    " file\n")
             for args, pid, number, warnings in [
+                    (["--daemon"], 0, 0, web + lost),
                     ([], 0, 1, web), ([], 1, 1, web), ([], None, 0, web),
                     ([], None, "x", web), (["--inetd"], 0, 0, web + inetd),
                     ([], None, 1, web + f"fingerd: {path}:2: {sockets}"),
