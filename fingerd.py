@@ -2910,19 +2910,6 @@ class Daemon:
             self.server.serve_forever()
             self.report_end()
 
-    def serve_inetd(self, sock: socket.socket) -> None:
-        """Serve the one connection that inetd(8) has accepted."""
-        os.umask(self.config.daemon.umask)
-        answers = Answers(self.config, self.log)
-        try:
-            self.open_log(self.config)
-        except StartError:
-            if self.config.log.to != "syslog":
-                raise           # without syslog only the log is lost
-        self.give_up_rights(answers)
-        with FingerServer([], answers, self.log) as server:
-            server.serve_one(sock)
-
     def give_up_rights(self, answers: Answers) -> None:
         """Enter the chroot and the rundir, and become the user."""
         daemon = self.config.daemon
@@ -3251,12 +3238,21 @@ def print_status(path: str) -> int:
 
 
 def serve_inetd(args: Any, log: Log) -> None:
-    """Serve the connection that inetd(8) has accepted."""
+    """Serve the one connection that inetd(8) has accepted."""
     sock = take_inetd_socket()
     try:
         config = load_config(args, log)
         close_inherited()
-        Daemon(config, log).serve_inetd(sock)
+        os.umask(config.daemon.umask)
+        answers, daemon = Answers(config, log), Daemon(config, log)
+        try:
+            daemon.open_log(config)
+        except StartError:
+            if config.log.to != "syslog":
+                raise           # without syslog only the log is lost
+        daemon.give_up_rights(answers)
+        with FingerServer([], answers, log) as server:
+            server.serve_one(sock)
     except (ConfigError, StartError) as error:
         refuse_for_inetd(sock, log, error)
         raise
