@@ -3153,8 +3153,7 @@ def print_reply(args: Any, log: Log) -> int:
     """Print what a client would get for a line; 1 if a backend failed."""
     import ipaddress  # not needed to serve
     config = load_config(args, log)
-    client = plain_address(
-        "127.0.0.1" if args.address is None else args.address)
+    client = plain_address(args.address)
     try:
         ipaddress.ip_address(client)
     except ValueError:
@@ -3297,15 +3296,15 @@ def refuse_for_inetd(sock: socket.socket, log: Log, error: Exception) -> None:
 
 def write_bundle(path: str) -> None:
     """Write both files as one program (a zip archive: see zipapp)."""
+    import inspect
     import zipfile
     _, failure = load_backends()
     if failure:
         raise ConfigError(f"--bundle: {failure}")
     files = {"__main__.py": "import sys, fingerd\nsys.exit(fingerd.main())\n"}
-    for name, module in [("fingerd", __name__),
-                         ("fingerd_backends", "fingerd_backends")]:
-        loader: Any = sys.modules[module].__loader__
-        files[f"{name}.py"] = loader.get_source(module)
+    for name, module in (("fingerd.py", __name__),
+                         ("fingerd_backends.py", "fingerd_backends")):
+        files[name] = inspect.getsource(sys.modules[module])
     # Only now: it may be the file that we run from.
     with attempt("write the bundle"), open(path, "wb") as bundle:
         bundle.write(b"#!/usr/bin/env python3\n")
@@ -3361,7 +3360,7 @@ def make_parser() -> Parser:
     for flags, name, const, text in SWITCHES:
         parser.add_argument(*flags, dest=name, action="store_const",
                             const=const, help=text)
-    parser.set_defaults(config=CONFIG)
+    parser.set_defaults(config=CONFIG, address="127.0.0.1")
     return parser
 
 
@@ -3398,8 +3397,6 @@ def settings_text() -> str:
 
 def carry_out(args: Any, log: Log) -> int:
     """Do what the options say; give the exit status."""
-    if args.address is not None and args.query is None:
-        raise ConfigError("--from: goes with --query only")
     if args.version:
         say(f"fingerd {__version__}\n")
     elif args.help:

@@ -3924,7 +3924,6 @@ class CommandLineTest(unittest.TestCase):
                 (["-l"], "-l/--logfile: expected one argument; see --help"),
                 (["--check=1"], "--check: ignored explicit argument '1'; see"
                                 " --help"),
-                (["--from", "::1"], "--from: goes with --query only"),
                 *((["--config", str(EXAMPLE), "--query", "x", "--from", text],
                    f'--from: "{shown}" is not an address; write e.g.'
                    " --from 192.0.2.7")
