@@ -415,8 +415,7 @@ LEVELS = ("debug", "info", "notice", "warning", "error")
 INFO = LEVELS.index("info")     # the level of a query's line
 MAX_SECONDS = 366 * 86400       # a year: more is a typing error
 MAX_COUNT = 1_000_000_000       # of anything counted, bytes included
-MIN_SIZE = 16                   # bytes: room for [truncated]
-MIN_REPLY = 64                  # bytes: room for each of FIXED_REPLIES
+MIN_SIZE = 64                   # bytes: room for each of FIXED_REPLIES
 YES, NO = ("yes", "true", "on", "1"), ("no", "false", "off", "0")
 NUMBERS = {                     # patterns of how they are written
     "a whole number": "[0-9]{1,12}",
@@ -563,7 +562,6 @@ KINDS: dict[str, Callable[[str], Any]] = {
     "count": number_from(1, MAX_COUNT, "a whole number"),
     "limit": number_from(0, MAX_COUNT, "a whole number"),
     "size": number_from(MIN_SIZE, MAX_COUNT, "a size in bytes"),
-    "reply size": number_from(MIN_REPLY, MAX_COUNT, "a size in bytes"),
     "text": str,                # the only kind that may have several lines
     "hosts": list_of(to_host),
     "networks": list_of(to_network),
@@ -607,7 +605,7 @@ CORE: dict[str, tuple[tuple[str, ...], ...]] = {
     "limits": (
         ("timeout", "seconds", "10", "seconds for query, backend, reply each"),
         ("max_query", "size", "512", "bytes in a query line"),
-        ("max_reply", "reply size", "64K", "bytes in a reply"),
+        ("max_reply", "size", "64K", "bytes in a reply"),
         ("max_clients", "count", "10000", "clients at a time"),
         ("max_clients_per_host", "count", "100", "at a time from one address"),
         ("queries_per_minute", "limit", "0", "from one address; 0: no limit"),
@@ -978,12 +976,6 @@ def network_of(host: str) -> str:
     return socket.inet_ntop(socket.AF_INET6, packed[:6] + bytes(10)) + "/48"
 
 
-FORMATS = {"text": format_text, "json": format_json}
-# What to log instead of a client's address; None: all of it.
-HIDERS: dict[str, Callable[[str], str] | None] = {
-    "full": None, "network": network_of, "none": lambda host: "-"}
-
-
 def is_journal() -> bool:
     """Is stderr systemd's journal?  See systemd.exec(5), JOURNAL_STREAM.
 
@@ -1085,8 +1077,10 @@ class Log:
         with self.lock:
             self.output = output
             self.level = LEVELS.index(settings.level)
-            self.format = FORMATS[settings.format]
-            self.hide = HIDERS[settings.client]
+            self.format = (format_json if settings.format == "json" else
+                           format_text)
+            self.hide = {"network": network_of,
+                         "none": lambda host: "-"}.get(settings.client)
             self.facility = FACILITIES.index(settings.facility)
             self.prefix = settings.prefix
         if output is not old:

@@ -809,7 +809,7 @@ class SettingsTest(Case):
                 "seconds": {"1.5": 1.5, "0.001": 0.001, "31622400": 31622400},
                 "period": {"0": 0}, "limit": {"0": 0},
                 "count": {"1": 1, "1000000000": 1_000_000_000},
-                "size": {"2K": 2048, "1m": 1 << 20, "16": 16,
+                "size": {"2K": 2048, "1m": 1 << 20, "64": 64,
                          "1000000000": 1_000_000_000},
                 "hosts": {"": (), "A  b.example.": ("a", "b.example")},
                 "addresses": {"h:65535": (("h", 65535),),
@@ -850,8 +850,7 @@ seconds | is not a number of seconds | ten | -1 | 1e3 | \u0661 | 1.
 seconds | is not a number of seconds | 1234567890123
 seconds | is not between 0.001 and 31622400 | 0 | 31622401
 size | is not a size in bytes | 1G | 64 K | 1.5K |
-size | is not between 16 and 1000000000 | 15 | 999999999999M
-reply size | is not between 64 and 1000000000 | 63
+size | is not between 64 and 1000000000 | 63 | 999999999999M
 count | is not a whole number | 1_0 | 1.0 | -1
 count | is not between 1 and 1000000000 | 0
 limit | is not between 0 and 1000000000 | 1000000001
@@ -965,7 +964,7 @@ backend = picky nosuch picky:two picky:three picky finger picky:4 picky:5 |\
 shape = big | shape: does not fit into /srv; cut it
 [picky:5] | shape: does not fit into /srv; cut it
 [picky]
-size = 1 | size: "1" is not between 16 and 1000000000; write
+size = 1 | size: "1" is not between 64 and 1000000000; write
 color = bad | color: bad; write good
 colour = red | colour: no such setting; did you mean color?
 [picky:two] | size: bad; write good
@@ -1208,7 +1207,7 @@ class LogTest(ServerCase):
         for form, q in itertools.product(("text", "json"), (
                 b"x", b"\0", b'"', b"\xc3\xa9", b"\xff", b"\xf0\x9f\x98\x80")):
             with self.subTest(format=form, q=q):
-                log.format = fingerd.FORMATS[form]
+                log.format = getattr(fingerd, f"format_{form}")
                 log.event("info", "query", **{**QUERY, "q": q * 5000})
                 log.event("error", "bug", client="x" * 9,
                           traceback="y\n" * 4999, other="z" * 3000)
@@ -2864,13 +2863,13 @@ class ReloadTest(unittest.TestCase):
         # As nobody it must not need a module that only root could read.
         with background("[users]\na = old\n", fresh=True) as program:
             self.assertEqual(ask(program.address, b"a\r\n"), b"old\r\n")
-            program.write("[users]\na = new\n[limits]\nmax_query = 20\n"
+            program.write("[users]\na = new\n[limits]\nmax_query = 70\n"
                           "[server]\nuser_list = yes\n[log]\nformat = json\n")
             self.assertEqual(program.run("--reload"), (0, "", ""))
             event = json.loads(program.wait_log("reloaded"))
             self.assertEqual(event["config"], program.config)
             for line, reply in [(b"a", b"new\r\n"), (b"", b"a  new\r\n"),
-                                (b"x" * 21, b"Query too long\r\n")]:
+                                (b"x" * 71, b"Query too long\r\n")]:
                 self.assertEqual(ask(program.address, line + b"\r\n"), reply)
 
     def test_a_bad_file_keeps_everything_and_says_why(self):
