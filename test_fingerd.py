@@ -782,23 +782,16 @@ class SettingsTest(Case):
             fingerd.read_config(path, print, overrides)
         *errors, count = str(caught.exception).replace(
             path, "FILE").split("\n")
-        places = "on the command line", "in FILE"
         self.assertEqual([error[:len(begin)] for error, begin in
                           itertools.zip_longest(errors, wanted, fillvalue="")],
                          wanted)
-        self.assertEqual(
-            count, f"{len(wanted)} error{'s' * (len(wanted) > 1)}"
-            f" {places[len(wanted) > len(options)]},"
-            " not started")
+        place = "in FILE" if wanted[len(options):] else "on the command line"
+        self.assertEqual(count, f"{len(wanted)} error{'s' * (len(wanted) > 1)}"
+                                f" {place}, not started")
         return caught.exception.config
 
     def test_has_defaults_for_an_empty_file(self):
         config = read_config("")
-        self.assertEqual(config.server.listen, (("localhost", 1079),))
-        self.assertEqual(config.limits.timeout, 10)
-        self.assertEqual(config.limits.max_reply, 65536)
-        self.assertEqual(config.server.forward, {})
-        self.assertIs(config.server.user_list, False)
         self.assertEqual([name for name, _ in config.backends], ["users"])
         self.assertEqual(config.warnings, [])
 
@@ -882,7 +875,7 @@ group | is not a group of this system; create it (addgroup --system a b) | a b
                     self.assertIn(wrong.strip(), str(caught.exception))
 
     def test_reports_all_errors_in_line_order_with_their_count(self):
-        self.check("""\
+        config = self.check("""\
   first | indented line outside a text value; write it without
 stray = 1 | stray: outside any section; write its [section] abov
 [server]
@@ -905,11 +898,15 @@ max_reply = 10 ; bytes | max_reply: "10 ; bytes" is not a size in bytes; write
 [daemon]
 user = fingerd-79 | user: "fingerd-79" is not a user of this system
 umask = 8 | umask: "8" is not an octal mask; write e.g. umask = 0
-pidfile = a\x1bb | pidfile: "a\x1bb" has control characters; remove them
+rundir = a\x1bb | rundir: "a\x1bb" has control characters; remove them
+pidfile = /run/x
 """, ['--logfile: "" is not stderr, syslog or a path; write e.g. --logfile st',
       '--umask: "9" is not an octal mask; write e.g. --umask 027',
       '--user: "who-79" is not a user of this system; create it (adduser'],
-                   {"umask": "9", "user": "who-79", "to": ""})
+                            {"umask": "9", "user": "who-79", "to": ""})
+        # A daemon can be found by the pidfile of a config with errors.
+        self.assertEqual((config.daemon.pidfile, config.daemon.rundir,
+                          config.limits.timeout), ("/run/x", "", 10))
         self.check("", ['--umask: "9" is not an octal mask'], {"umask": "9"})
         for space in ("\t", "\x0c", "\xa0", "\u2003"):
             self.check(f"[limits]\n\n#\n{space}x = y | indented line")
@@ -945,12 +942,6 @@ Alice = 2 | Alice: already on line 4; write it once
 /W = 3 | /W: no query can match
 a\x1bb = 4 | a\x1bb: no query can match
 """)
-
-    def test_an_error_leaves_the_other_settings(self):
-        """A daemon can be found by the pidfile of a config with errors."""
-        daemon = self.check("[daemon]\npidfile = /run/x\numask = 9 | umask: \n"
-                            "[nonsense] | [nonsense]: ").daemon
-        self.assertEqual((daemon.pidfile, daemon.umask), ("/run/x", 0o027))
 
     @mock.patch.dict(fingerd.BACKENDS, picky=Picky)
     def test_reports_all_that_backends_say_where_it_belongs(self):
@@ -3144,9 +3135,7 @@ fingerd_reloads_total{{result="failed"}} 0
                     (USERS, "reloaded", 1), ("what", "reload-failed", 1),
                     (f"{text}/f.prom\n{USERS}", "reloaded", 2)]:
                 path.unlink(missing_ok=True)
-                program.write(config)
-                os.kill(program.pid, signal.SIGHUP)
-                program.wait_log(event, times)
+                program.reload(config, event, times)
             wait_until(path.exists, "a write")
             self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
             self.assertEqual(program.run("--stop"), (0, "", ""))
@@ -3244,17 +3233,12 @@ class SyslogTest(Case):
             self.assertEqual(       # the command line would override
                 program.run("--daemon", "--listen", "127.0.0.1:0"),
                 (0, "", ""))
-            program.write("[log]\nto = syslog\n"
-                          "syslog_address = host.invalid:514\n" + USERS)
-            os.kill(program.pid, signal.SIGHUP)
-            for name in ("to", "syslog_address"):
-                program.wait_log(f"not-reloaded setting={name} reason")
-            program.wait_log(" reloaded ")
-            program.write(text + USERS)
-            os.kill(program.pid, signal.SIGHUP)
-            program.wait_log(" reloaded ", 2)
-            self.assertEqual(len([line for line in program.log()
-                                  if "not-reloaded" in line]), 2)
+            program.reload("[log]\nto = syslog\n"
+                           "syslog_address = host.invalid:514\n", " reloaded ")
+            program.reload(text, " reloaded ", 2)
+            self.assertEqual(
+                re.findall("not-reloaded setting=(.*) reason",
+                           "\n".join(program.log())), ["to", "syslog_address"])
 
     def test_a_fault_under_inetd_is_sent_there(self):
         path = os.path.join(self.enter(tempfile.TemporaryDirectory()), "log")
