@@ -3702,10 +3702,12 @@ class ServiceManagerTest(unittest.TestCase):
     def test_a_client_of_inetd_that_has_left_before_the_start_is_gone(self):
         with tempfile.TemporaryDirectory() as directory:
             log = os.path.join(directory, "log")
-            with self.inetd(USERS, "--logfile", log) as (client, serve):
+            with self.inetd(USERS, "--logfile", log, "--umask", "077") as (
+                    client, serve):
                 reset(client)
                 client.close()
                 self.assertEqual(serve(), 0)
+            self.assertEqual(os.stat(log).st_mode & 0o777, 0o600)
             self.assertIn('query client=0.0.0.0 port=0 q="" outcome=gone'
                           " backend=- bytes=0 ms=",
                           pathlib.Path(log).read_text())
