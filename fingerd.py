@@ -423,7 +423,6 @@ NUMBERS = {                     # patterns of how they are written
     "a size in bytes": "[0-9]{1,12}[KkMm]?",
 }
 UNITS = {"K": 1024, "M": 1024 ** 2}
-CONTROLS = re.compile("[\0-\x08\n-\x1f\x7f-\x9f]")
 
 
 class Setting(NamedTuple):
@@ -843,7 +842,7 @@ def convert_entry(row: Setting, entry: Entry, errors: Notes) -> Any:
         if line:
             errors.add(number, INDENTED)
     try:
-        if CONTROLS.search(entry.text):
+        if UNSAFE.search(entry.text):
             raise ValueError("has control characters; remove them")
         return KINDS[row.kind](entry.text)
     except ValueError as error:
