@@ -2720,14 +2720,15 @@ class BackgroundTest(unittest.TestCase):
                                  0o600)
 
     def test_only_one_can_run_until_it_has_died(self):
-        with background() as program:
-            host, port = program.address
-            first = program.pid
-            for args in ([], ["--listen", f"{host}:{port}"]):
-                self.assertEqual(
-                    program.start(*args),
-                    (1, "", f"fingerd: already running, pid {first}"
-                            f" ({program.pidfile} is locked)\n"))
+        with background(start=False) as program:
+            starts = [program.start(run=start_fingerd) for _ in range(5)]
+            self.assertEqual(sorted(start.wait() for start in starts),
+                             [0, 1, 1, 1, 1])
+            first, (host, port) = program.pid, program.address
+            self.assertEqual(
+                program.start("--listen", f"{host}:{port}"),
+                (1, "", f"fingerd: already running, pid {first}"
+                        f" ({program.pidfile} is locked)\n"))
             self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
             os.kill(first, signal.SIGKILL)
             wait_until(lambda: not fingerd.find_daemon(program.pidfile)[0],
@@ -2745,18 +2746,16 @@ class BackgroundTest(unittest.TestCase):
             self.assertEqual(program.run("--status"), (
                 0, f"fingerd is running, pid {program.pid}\n", ""))
 
-    def test_of_several_starts_at_the_same_moment_exactly_one_wins(self):
-        with background(start=False) as program:
-            starts = [program.start(run=start_fingerd) for _ in range(5)]
-            self.assertEqual(sorted(start.wait() for start in starts),
-                             [0, 1, 1, 1, 1])
-
     def test_a_pidfile_is_removed_at_the_end_or_has_been_before(self):
         with tempfile.TemporaryDirectory() as directory:
             path = os.path.join(directory, "pid")
             with fingerd.hold_pidfile(path):
                 self.assertEqual(os.listdir(directory), ["pid"])
             self.assertEqual(os.listdir(directory), [])
+            with fingerd.hold_pidfile(path):
+                os.unlink(path)
+                write_file(directory, "pid")        # is another's
+            self.assertEqual(os.listdir(directory), ["pid"])
             with mock.patch("fcntl.lockf", lambda *args: os.unlink(path)), \
                     self.assertRaisesRegex(
                         fingerd.StartError, "just been removed; start again"):
@@ -2765,34 +2764,32 @@ class BackgroundTest(unittest.TestCase):
     def test_takes_nothing_else_for_a_pidfile(self):
         with config_file(USERS) as config:
             folder, path = os.path.dirname(config), config + ".pid"
-
-            def refuses():
-                before = os.lstat(path)
-                with self.assertRaises(fingerd.StartError):
-                    fingerd.find_daemon(path)
-                with self.assertRaises(fingerd.StartError):
-                    fingerd.hold_pidfile(path).__enter__()
-                self.assertEqual(os.lstat(path)[:7], before[:7])
-
             self.assertEqual(fingerd.find_daemon(path), (0, 0))
-            for text, number in [
-                    ("", 0), ("4711\n", 4711), ("4711", 4711),
-                    ("99999999999\n", None), ("4711 and more", None),
-                    ("4711" + "\n" * 30, None)]:
-                with self.subTest(text=text):
-                    write_file(folder, "fingerd.conf.pid", text)
-                    if number is None:
-                        refuses()
-                    else:
+            good = write_file(folder, "good", "4711\n")
+            table: list[Any] = [
+                ("", 0), ("4711\n", 4711), ("4711", 4711),
+                ("99999999999\n", None), ("4711 and more", None),
+                ("4711" + "\n" * 30, None), (os.link, None),
+                (os.symlink, None)]
+            for make, number in table:
+                if isinstance(make, str):
+                    write_file(folder, "fingerd.conf.pid", make)
+                else:
+                    os.unlink(path)
+                    make(good, path)
+                before = os.lstat(path)[:7]
+                with self.subTest(make=make):
+                    if number is not None:
                         self.assertEqual(fingerd.find_daemon(path),
                                          (0, number))
-            good = write_file(folder, "good", "4711\n")
-            for make in (functools.partial(os.link, good),
-                         functools.partial(os.symlink, good), os.mkfifo):
-                os.unlink(path)
-                make(path)
-                if make is not os.mkfifo:
-                    refuses()
+                        continue
+                    with self.assertRaises(fingerd.StartError):
+                        fingerd.find_daemon(path)
+                    with self.assertRaises(fingerd.StartError):
+                        fingerd.hold_pidfile(path).__enter__()
+                    self.assertEqual(os.lstat(path)[:7], before)
+            os.unlink(path)
+            os.mkfifo(path)
             wrong = (f"fingerd: {path} is not a pidfile (a file with one name,"
                      " a number or nothing in it); name another\n")
             for status, command in [(1, "--daemon"), (4, "--status"),
