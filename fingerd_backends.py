@@ -497,7 +497,7 @@ def find_tag_end(page: str, pos: int) -> int:
 # ---- Connections: one deadline for address, connect, TLS and every byte -----
 
 PORTS = {"http": 80, "https": 443}
-AROUND = 131072    # bytes around a body: headers, sizes of chunks, trailers
+AROUND = 131072     # bytes around a body: headers, sizes of chunks, trailers
 
 # What a chroot hides is kept from before it, for reloads too.
 known_addresses: dict[Any, list[Any]] = {}      # of hosts, by name
