@@ -3727,17 +3727,15 @@ class BundleTest(Case):
         self.path = os.path.join(self.directory, "fingerd")
 
     def test_one_file_has_every_backend_and_the_right_statuses(self):
-        renamed = shutil.copy(PROGRAM, os.path.join(self.directory, "daemon"))
+        shutil.copyfile(PROGRAM, self.path)     # the bundle replaces it
         shutil.copy(HERE / "fingerd_backends.py", self.directory)
-        config = write_file(self.directory, "config", "[server]\nbackend = web"
-                            "\n[web]\nprefix = http://127.0.0.1:1/\n")
-        for path, args, status, out in [
-                (renamed, ["--bundle", self.path], 0, ""),
-                (self.path, ["--bundle", self.path], 0, ""),    # over itself
-                (self.path, ["--config", config, "--query", "moshez"], 1,
-                 "Internal error in server\n")]:
-            self.assertEqual(run_fingerd(*args, command=[
-                sys.executable, path])[:2], (status, out))
+        for path, result in [
+                (self.path, (0, "", "")),
+                ("/no/such/file", (1, "", "fingerd: cannot write the bundle:"
+                                   " no such file or directory: /no/such/file"
+                                   "\n"))]:
+            self.assertEqual(run_fingerd("--bundle", path, command=[
+                sys.executable, self.path]), result)
         self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o755)
         with open(self.path, "rb") as file, zipfile.ZipFile(file) as bundle:
             self.assertEqual(sorted(bundle.namelist()), [
