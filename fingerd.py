@@ -269,7 +269,7 @@ class Refused(Exception):
 def show_unsafe(match: re.Match[str]) -> str:
     """Show one unsafe character in printable ASCII: ^[, \\x9b, \\u202e."""
     code = ord(match[0])
-    if code < 0x20 or code == 0x7f:
+    if code < 0x80:
         return "^" + chr(code ^ 0x40)
     if 0xdc80 <= code <= 0xdcff:        # a byte that was not UTF-8 (PEP 383)
         code -= 0xdc00
@@ -302,7 +302,7 @@ def truncate(data: bytes, limit: int) -> bytes:
     end = data.rfind(b"\r\n", 0, room)
     if end >= 0:
         return data[:end + 2] + TRUNCATED
-    start = data[:max(0, room - 2)].decode("utf-8", "ignore")
+    start = data[:room - 2].decode("utf-8", "ignore")
     return (start.encode() + b"\r\n" if start else b"") + TRUNCATED
 
 
@@ -1370,8 +1370,6 @@ UNKNOWN = re.compile(           # as fingerd, Debian's finger and the BSDs say
 
 def plain_address(host: str) -> str:
     """Give an address without its scope, and an IPv4-mapped one as IPv4."""
-    if ":" not in host:
-        return host
     host = host.partition("%")[0]
     return host[7:] if host.startswith("::ffff:") and "." in host else host
 
