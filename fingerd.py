@@ -665,11 +665,10 @@ class Entry(NamedTuple):
     below: list[tuple[int, str]]    # numbers of indented or empty lines
 
 
-class Section(NamedTuple):
+class Section(dict):
     """The entries of a section, by name in lower case."""
 
-    line: int
-    entries: dict[str, Entry]
+    line = 0                    # of its header
 
 
 class Notes(list):
@@ -684,7 +683,7 @@ class Notes(list):
         If the setting has a note, the backend saw only its default.
         """
         setting = text.partition(":")[0]
-        line = section.entries.get(setting, section).line
+        line = section.get(setting, section).line
         if (line, setting) not in [(line, text.partition(":")[0])
                                    for line, text in self]:
             self.add(line, text)
@@ -710,8 +709,7 @@ def read_config(path: str, report: Callable[..., None],
     sections = parse_config(read_text(path), errors)
     config = convert_core(sections, overrides or {}, old, errors)
     config.path, config.overrides = path, overrides
-    config.aliases = make_aliases(sections.pop("aliases", Section(0, {})),
-                                  errors)
+    config.aliases = make_aliases(sections.pop("aliases", Section()), errors)
     chroot = "" if old else config.daemon.chroot
     config.backends = tuple(make_backends(config, sections, report, chroot,
                                           errors, warnings))
@@ -740,12 +738,10 @@ def read_text(path: str) -> str:
                           " e.g. with iconv -f latin1 -t utf-8") from None
 
 
-# From lines to texts.
-
 def parse_config(text: str, errors: Notes) -> dict[str, Section]:
     """Sort settings into sections; those of the same name are read as one."""
     sections: dict[str, Section] = {}
-    section = Section(0, {})            # until the first header
+    section = Section()                 # until the first header
     entry: Entry | None = None          # that may have indented lines
     for number, line in enumerate(map(str.rstrip, text.split("\n")), 1):
         if not line or line[0].isspace():
@@ -760,9 +756,8 @@ def parse_config(text: str, errors: Notes) -> dict[str, Section]:
         entry, first = Entry(number, name, value, []), number
         if line[0] == "[" and line[-1] == "]":
             name, entry = line, None
-            section = sections.setdefault(line[1:-1].strip(),
-                                          Section(number, {}))
-            first = section.line
+            section = sections.setdefault(line[1:-1].strip(), Section())
+            section.line = first = section.line or number
         elif not equals or not name:
             errors.add(number, f'"{line}" is neither a section nor a setting;'
                                " write [section] or name = value")
@@ -770,7 +765,7 @@ def parse_config(text: str, errors: Notes) -> dict[str, Section]:
             errors.add(number, f"{name}: outside any section; write its"
                                " [section] above it")
         else:
-            first = section.entries.setdefault(name.lower(), entry).line
+            first = section.setdefault(name.lower(), entry).line
         if first != number:
             errors.add(number, f"{name}: already on line {first}; write it"
                                " once")
@@ -785,8 +780,6 @@ def full_text(entry: Entry) -> str:
     return "\n".join(filter(None, [entry.text, below.rstrip("\n")]))
 
 
-# From texts to values.
-
 def convert_core(sections, overrides, old, errors):
     """Convert the sections of CORE to a config."""
     config = types.SimpleNamespace(raw_values={}, lines={})
@@ -796,7 +789,7 @@ def convert_core(sections, overrides, old, errors):
             # The old one is kept.  Its user is not looked up again: that may
             # wait for a network, and fails in a chroot.
             rows = [row._replace(kind="text") for row in rows]
-        entries = [*sections.pop(section, Section(0, {})).entries.values(),
+        entries = [*sections.pop(section, Section()).values(),
                    *(Entry(0, row.name, overrides[row.name], [])
                      for row in rows if row.name in overrides)]
         values = convert_section(rows, entries, errors)
@@ -856,22 +849,19 @@ def convert_entry(row: Setting, entry: Entry, errors: Notes) -> Any:
         return KINDS[row.kind](row.default)
 
 
-# From values to backends.
-
 def make_aliases(section: Section, errors: Notes) -> dict[str, list[str]]:
     """Give the names that each alias means, by alias in lower case."""
-    convert_section(None, section.entries.values(), errors)
+    convert_section(None, section.values(), errors)
     aliases = {}
-    for name, entry in section.entries.items():
+    for name, entry in section.items():
         try:
-            aliases[name] = follow_alias(name, section.entries)
+            aliases[name] = follow_alias(name, section)
         except ValueError as error:
             errors.add(entry.line, f"{name}: {error}")
     return aliases
 
 
-def follow_alias(word: str, aliases: dict[str, Entry],
-                 *path: str) -> list[str]:
+def follow_alias(word: str, aliases: Section, *path: str) -> list[str]:
     """Give the names that a word means; path is the aliases before it."""
     name = word.lower()
     if name not in aliases:
@@ -898,14 +888,15 @@ def make_backends(config, sections, report, chroot, errors, warnings):
     if len(set(names)) < len(names):
         errors.add(line, "backend: names one twice; name each once")
     for name in dict.fromkeys((*names, *sections)):
-        section = sections.get(name, Section(line, {}))
+        section = sections.get(name, Section())
+        section.line = section.line or line
         try:
             cls = find_backend(name, name in names)
         except ValueError as error:
             errors.add(line if name in names else section.line, str(error))
             continue
         rows = cls.settings and [Setting("", *row) for row in cls.settings]
-        options = convert_section(rows, section.entries.values(), errors)
+        options = convert_section(rows, section.values(), errors)
         if name not in names:
             warnings.add(section.line, f"[{name}]: is not used; add {name} to"
                                        " backend, or remove the section")
