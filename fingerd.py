@@ -2933,9 +2933,6 @@ class Daemon:
         event = self.log.event
         for (section, name), text in self.config.raw_values.items():
             event("debug", "setting", section=section, name=name, value=text)
-        if self.ids and not self.config.daemon.user:
-            event("notice", "user", name=self.ids[0],
-                  reason="started as root, and user is not set")
         user = {"user": self.ids[0]} if self.ids else {}
         event("notice", "ready", listen=",".join(
             address_text(listener.getsockname()) for listener in listeners),
