@@ -5185,6 +5185,8 @@ class WebBackendTest(BackendCase):
             (HEAD, b"A: b\r\n", OSError("HTTPException")),
             (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 999, many))]
         self.check_answers(table, max_output=100)
+        # They are around a body, which may be as long again.
+        self.check_answers([(text_page("x" * 2 ** 16), "x" * 2 ** 16)])
         self.assertLess(fingerd_backends.AROUND, 2 ** 18)
         heads = (HEAD + b"Content-Length: %d\r\n\r\n" % 10 ** 12, *(
             CHUNKED + size + b"\r\n" for size in (
@@ -5237,6 +5239,15 @@ class WebBackendTest(BackendCase):
         for number, error in enumerate(errors):
             with self.subTest(number):
                 self.assertIsInstance(error, (TimeoutError, socket.timeout))
+
+    def test_each_read_has_the_time_that_is_left(self):
+        sock = mock.Mock(**{"recv_into.return_value": 1})
+        file = fingerd_backends.BoundedFile(sock, "rb")
+        file.deadline = time.monotonic() + 60
+        file.readinto(bytearray(9))
+        # The last is for a handshake, after the answer of a proxy.
+        before, _, after = sock.method_calls
+        self.assertTrue(50 < after[1][0] < before[1][0] <= 60)
 
     # -- where it goes
 
@@ -5410,8 +5421,9 @@ class WebBackendTest(BackendCase):
                     "/~x": silent_first, "/~y": text_page("hi\n")})
                 pool.submit(self.ask, backend, "x", False, first)
                 wait_until(lambda: origin.asked, "the first to ask")
-                self.assert_answer(answer, self.ask, backend, user, False,
-                                   second)
+                with self.takes(0, PROMPT):
+                    self.assert_answer(answer, self.ask, backend, user, False,
+                                       second)
                 go.set()
 
     def test_gives_an_old_answer_while_the_origin_fails(self):
