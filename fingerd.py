@@ -997,7 +997,7 @@ class LogFile:
         if self.pipe_poll and not self.pipe_poll.poll(0):
             raise BlockingIOError
         if os.write(self.fd, line + b"\n") <= len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError("only a part was written")
 
     def close(self) -> None:
         if self.fd != 2:
