@@ -3440,46 +3440,40 @@ class PrivilegesTest(unittest.TestCase):
     def test_root_writes_no_log_where_another_user_wants_it(self):
         with tempfile.TemporaryDirectory() as root, \
                 tempfile.TemporaryDirectory() as sticky:
-            ours, log, theirs = (os.path.join(folder, name) for folder, name in
-                                 [(root, "ours"), (sticky, "log"),
-                                  (sticky, "theirs")])
-            os.mkdir(ours)
-            file = write_file(ours, "file", "precious")
             os.chmod(sticky, 0o1777)
-            os.makedirs(theirs + "/log")
-
-            def their_directory(owner, mode):
-                os.chown(theirs, owner, -1)
-                os.chmod(theirs, mode)
-
-            def make_pipe():
-                os.mkfifo(log)
-                self.addCleanup(os.close, os.open(log, os.O_RDWR))
-
-            inner = theirs + "/log/log"
-            unsafe = f"^{log} is a link, a device or another user's; name "
+            log, pipe, theirs, shared = (os.path.join(sticky, name) for name in
+                                         ("log", "pipe", "theirs", "shared"))
+            ours = os.path.join(root, "ours")
+            for folder in (ours, theirs + "/log", shared + "/log"):
+                os.makedirs(folder)
+            file = write_file(ours, "file", "precious")
+            os.mkfifo(pipe)
+            self.addCleanup(os.close, os.open(pipe, os.O_RDWR))
+            os.chown(pipe, NOBODY, -1)
+            os.chown(theirs, NOBODY, -1)
+            os.chmod(shared, 0o777)
             attacks: list[Any] = [
-                ("symlink", log, unsafe, os.symlink, file, log),
-                ("broken", log, unsafe, os.symlink, ours + "/new", log),
-                ("hard link", log, unsafe, os.link, file, log),
-                ("file", log, unsafe, shutil.copy, file, log),
-                ("pipe", log, unsafe, make_pipe),
-                ("device", "/dev/ptmx", "or write to = stderr", list),
-                ("stdout", "/dev/stdout", "or write to = stderr", list),
-                ("symlink above", log + "/file",
-                 f"others can change {log};", os.symlink, ours, log),
-                ("symlink far above", log + "/ours/file",
-                 f"others can change {log};", os.symlink, root, log),
-                ("owner above", inner, f"others can change {theirs};",
-                 their_directory, NOBODY, 0o755),
-                ("mode above", inner, f"others can change {theirs};",
-                 their_directory, 0, 0o777)]
-            for what, path, message, make, *args in attacks:
+                # A log, the directory above that others can change, a call.
+                (log, "", os.symlink, file, log),
+                (log, "", os.symlink, ours + "/new", log),
+                (log, "", os.link, file, log),
+                (log, "", shutil.copy, file, log),
+                (pipe, "", list), ("/dev/ptmx", "", list),
+                ("/dev/stdout", "", list),
+                (log + "/file", log, os.symlink, ours, log),
+                (log + "/ours/file", log, os.symlink, root, log),
+                (theirs + "/log/log", theirs, list),
+                (shared + "/log/log", shared, list)]
+            for path, above, make, *args in attacks:
                 make(*args)
-                if os.path.lexists(log) and what != "hard link":
+                if os.path.lexists(log) and make is not os.link:
                     os.chown(log, NOBODY, -1, follow_symlinks=False)
-                with self.subTest(what=what), \
-                        self.assertRaisesRegex(OSError, message):
+                with self.subTest(path=path, make=make, args=args), \
+                        self.assertRaisesRegex(
+                            OSError, f"^others can change {above}; name"
+                            " another file$" if above else f"^{path} is a"
+                            " link, a device or another user's; name another"
+                            " file, or write to = stderr$"):
                     fingerd.open_log_file(path, (1, 1))
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(log)
@@ -3493,22 +3487,19 @@ class PrivilegesTest(unittest.TestCase):
                               (54321, 0o755)]:
                 os.chown(folder, uid, -1)
                 os.chmod(folder, mode)
-                for owner in nobody[:1] + (0,):
+                for owner in (0, NOBODY):
                     log = write_file(folder, "log")
                     os.chown(log, owner, -1)
+                    os.chmod(log, 0o666)
                     with self.subTest(owner=owner, folder=(uid, mode)):
                         os.close(fingerd.open_log_file(log, nobody))
-                        with as_nobody(), contextlib.ExitStack() as stack:
-                            if not owner:   # a reload could not open it again
-                                stack.enter_context(
-                                    self.assertRaises(PermissionError))
+                        with as_nobody():       # a reload
                             os.close(fingerd.open_log_file(log, None))
+                os.unlink(log)
             os.close(fingerd.open_log_file(os.devnull, nobody))
-            os.unlink(log)
             os.mkfifo(log)
             os.chown(log, NOBODY, -1)
-            reader = os.open(log, os.O_RDWR)
-            self.addCleanup(os.close, reader)
+            self.addCleanup(os.close, os.open(log, os.O_RDWR))
             os.close(fingerd.open_log_file(log, nobody))
 
 
@@ -3634,45 +3625,47 @@ class ServiceManagerTest(unittest.TestCase):
         with mock.patch.dict(os.environ, JOURNAL_STREAM="1:2"):
             self.assertFalse(fingerd.is_journal())
 
-    @contextlib.contextmanager
-    def inetd(self, text, *args):
-        """Give a client, and what serves it as inetd would: its status."""
-        with config_file(text) as path, socket.create_server(
-                ("127.0.0.1", 0)) as listener, connect(
-                listener.getsockname()) as client:
-            served, _ = listener.accept()
-
-            def serve():
-                with served:
-                    return start_fingerd(
-                        "--config", path, "--inetd", *args, stdin=served,
-                        stdout=served, stderr=served).wait(HANG)
-            yield client, serve
-
     @mock.patch.object(fingerd, "GRACE", 0.1)
     def test_serves_one_connection_for_inetd(self):
-        fault = FAILED.decode()
+        happy = ("moshez\r\n", HAPPY, 0)
         finger = ("[server]\nbackend = finger\n[finger]\n"
                   "command = /bin/echo for {user}\n")
-        warned = "[limits]\nqueries_per_minute = 9\n[web]\n"
-        for text, args, send, reply, status in [
-                (finger, [], "moshez\r\n", "for moshez\r\n", 0),
-                ("[log]\nto = syslog\nsyslog_address = /no/such\n", [],
-                 "moshez\r\n", "Happy and well\r\n", 0),
+        no_syslog = "[log]\nto = syslog\nsyslog_address = /no/such\n"
+        for text, args, line, reply, status in [
+                (finger, [], "x\r\n", b"for x\r\n", 0),
+                (no_syslog, [], *happy),
                 # A client has its time, and is told of no warning or fault.
                 ("[limits]\ntimeout = 0.1\n", [], "mos",
-                 "Query timed out\r\n", 0),
-                (warned, [], "moshez\r\n", "Happy and well\r\n", 0),
-                ("[nonsense]\n", [], "moshez\r\n", fault, 2),
-                ("", ["--rundir", "/no/such"], "moshez\r\n", fault, 1),
-                ("", ["--logfile", "/no/such/log"], "moshez\r\n", fault, 1)]:
-            with self.subTest(text=text, args=args), self.inetd(
-                    text + USERS, *args) as (client, serve):
-                client.sendall(send.encode())
-                if reply != "Query timed out\r\n":
+                 b"Query timed out\r\n", 0),
+                ("[limits]\nqueries_per_minute = 9\n[web]\n", [], *happy),
+                ("[nonsense]\n", [], "x\r\n", FAILED, 2),
+                ("", ["--rundir", "/no/such"], "x\r\n", FAILED, 1),
+                ("", ["--logfile", "/no/such/log"], "x\r\n", FAILED, 1),
+                ("", ["--logfile", "log"], "", b"", 0)]:    # has left already
+            with self.subTest(text=text, args=args), config_file(
+                    text + USERS) as path, socket.create_server(
+                    ("127.0.0.1", 0)) as listener, connect(
+                    listener.getsockname()) as client:
+                served, _ = listener.accept()
+                client.sendall(line.encode())
+                if line.endswith("\n"):
                     client.shutdown(socket.SHUT_WR)
-                self.assertEqual(serve(), status)
-                self.assertEqual(read_all(client), reply.encode())
+                elif not line:
+                    reset(client)
+                    client.close()
+                with served:
+                    process = start_fingerd(
+                        "--config", path, "--inetd", *args, stdin=served,
+                        stdout=served, stderr=served,
+                        cwd=os.path.dirname(path))
+                    self.assertEqual(process.wait(HANG), status)
+                if line:
+                    self.assertEqual(read_all(client), reply)
+                else:
+                    self.assertIn(
+                        'query client=0.0.0.0 port=0 q="" outcome=gone'
+                        " backend=- bytes=0 ms=", pathlib.Path(path).with_name(
+                            "log").read_text())
 
     def test_a_client_of_inetd_has_time_to_write_its_line(self):
         log = fingerd.Log()
@@ -3684,19 +3677,6 @@ class ServiceManagerTest(unittest.TestCase):
             handler, = server.waiting.handlers[fingerd.READ]
             self.assertGreater(handler.deadline, time.monotonic() + 5)
             server.stop()
-
-    def test_a_client_of_inetd_that_has_left_before_the_start_is_gone(self):
-        with tempfile.TemporaryDirectory() as directory:
-            log = os.path.join(directory, "log")
-            with self.inetd(USERS, "--logfile", log, "--umask", "077") as (
-                    client, serve):
-                reset(client)
-                client.close()
-                self.assertEqual(serve(), 0)
-            self.assertEqual(os.stat(log).st_mode & 0o777, 0o600)
-            self.assertIn('query client=0.0.0.0 port=0 q="" outcome=gone'
-                          " backend=- bytes=0 ms=",
-                          pathlib.Path(log).read_text())
 
     def test_says_that_inetd_is_missing(self):
         with socket.create_server(("127.0.0.1", 0)) as listener, \
