@@ -744,6 +744,8 @@ class ReplyTest(unittest.TestCase):
              "timeout": b"Query timed out\r\n",
              "silent": b"Query timed out\r\n",
              "limited": b"Too many queries, try again later\r\n"})
+        for reply in fingerd.FIXED_REPLIES.values():    # the least max_reply
+            self.assertLessEqual(len(reply.data), fingerd.MIN_SIZE)
 
 
 # ---- Settings -------------------------------------------------------------
