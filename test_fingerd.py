@@ -4671,7 +4671,8 @@ class FingerBackendTest(BackendCase):
         self.assert_refused(FingerBackend, (
             *(({"command": command}, f'command: "{command}" {none}')
               for command in ("", "fingr -- {user}", "/nowhere/x {user}",
-                              plain, "bin/x", "./x", "/bin/{user}")),
+                              plain, os.path.relpath("/bin/sh"),
+                              "/bin/{user}")),
             ({"command": "sh 'x"},
              'command: "sh \'x" cannot be split into words; close every'
              " quote"),
@@ -4983,6 +4984,8 @@ class WebBackendTest(BackendCase):
                 # No reference is cut where a long text is.
                 ("x" + "&eacute;" * 5000, "x" + "\u00e9" * 5000 + "\n"),
                 ("x " * 9999, ("x " * 9999).strip() + "\n"),
+                ("".join(f"<!--{'x' * size}--><script>{'x' * size}</script>a"
+                         for size in range(1000, 1030)), "a" * 30 + "\n"),
                 ("</ul></li></pre></p>a</div><div><p></div>\n\n<p>b",
                  "a\n\nb\n"),
                 *((f"a{end}", "a\n") for end in ("<p", "<p b='", "<p b='x")),
