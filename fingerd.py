@@ -662,7 +662,7 @@ class Entry(NamedTuple):
     line: int                   # 0: the command line
     name: str
     text: str                   # on this line
-    below: list[tuple[int, str]]    # numbers of indented or empty lines
+    below: list[tuple[int, str]]    # indented or empty lines, and numbers
 
 
 class Section(dict):
@@ -1079,7 +1079,7 @@ class Log:
     def event(self, level: str, event: str, **fields: Any) -> None:
         """Write a line if its level is wanted, the fields in their order.
 
-        If addresses are hidden, what else could tell the client is, too.
+        If the client's address is hidden, so are its port and PROXY header.
         """
         if LEVELS.index(level) < self.level:
             return
