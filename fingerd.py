@@ -1041,7 +1041,7 @@ class Log:
     """The log, one event a line, as key=value or JSON.
 
     Any thread may write; a line is one system call.  The logging module is
-    not used, as its lines cost four times as much.
+    not used: its lines cost more, and can wait for whoever reads them.
     """
 
     def __init__(self) -> None:
