@@ -2445,8 +2445,8 @@ def attempt(what: str) -> Iterator[None]:
 
 
 class Listener(socket.socket):
-    """A listening socket.  Its accept() takes half the time of that of
-    socket.socket, which makes enums for each client."""
+    """A listening socket, whose accept() makes no enums, and takes half the
+    time of that of socket.socket."""
 
     passed = False          # by systemd, which goes on listening
 
@@ -2538,6 +2538,7 @@ def fit_max_clients(config: Any, log: Log) -> None:
 
 # ---- Pidfile --------------------------------------------------------------
 
+# No terminal to control us, no symlink, no wait for the reader of a pipe.
 SAFE_FLAGS = os.O_NOCTTY | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
