@@ -279,7 +279,7 @@ def serving(text=USERS, backends=(), listen="127.0.0.1:0", last_call=0):
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         stack.callback(thread.join, HANG)
-        stack.callback(server.shutdown)
+        stack.callback(lambda: thread.is_alive() and server.shutdown())
         yield Serving(server, log_path)
     wait_until(lambda: len(open_descriptors()) <= before[0]
                and threading.active_count() <= before[1],
