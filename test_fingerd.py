@@ -279,7 +279,8 @@ def serving(text=USERS, backends=(), listen="127.0.0.1:0", last_call=0):
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         stack.callback(thread.join, HANG)
-        stack.callback(lambda: thread.is_alive() and server.shutdown())
+        # If its loop has failed, a shutdown would wait for ever.
+        stack.callback(lambda: server.shutdown() if thread.is_alive() else 0)
         yield Serving(server, log_path)
     wait_until(lambda: len(open_descriptors()) <= before[0]
                and threading.active_count() <= before[1],
