@@ -22,6 +22,7 @@ import functools
 import html
 import http.client
 import importlib
+import io
 import ipaddress
 import itertools
 import os
@@ -541,29 +542,37 @@ def dial(address, timeout, source=None):
                 raise
 
 
-class BoundedFile(socket.SocketIO):
+class BoundedFile(io.RawIOBase):
     """What an origin sends, bounded in time and bytes, headers and all."""
 
-    _sock: Any
-    deadline: float
     left = AROUND
     turn: Any = None        # a lock that is held, but not while waiting
+
+    def __init__(self, sock, file, deadline):
+        self.sock, self.file, self.deadline = sock, file, deadline
+
+    def readable(self):
+        return True
+
+    def close(self):
+        self.file.close()
+        super().close()
 
     def readinto(self, buffer):
         if not self.left:
             raise OSError("headers, chunk sizes or trailers are too long")
         # A timeout of the socket alone starts again with each byte.
-        self._sock.settimeout(seconds_left(self.deadline))
+        self.sock.settimeout(seconds_left(self.deadline))
         if self.turn:
             self.turn.release()
         try:
-            count: Any = super().readinto(memoryview(buffer)[:self.left])
+            count = self.file.readinto(memoryview(buffer)[:self.left])
         finally:
             if self.turn:
                 self.turn.acquire()
         self.left -= count
         # For the TLS handshake that may follow a proxy's answer.
-        self._sock.settimeout(seconds_left(self.deadline))
+        self.sock.settimeout(seconds_left(self.deadline))
         return count
 
 
@@ -575,8 +584,8 @@ class BoundedHandler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
 
         def respond(sock, **options):
             response = http.client.HTTPResponse(sock, **options)
-            file: Any = response.fp.raw     # a SocketIO, and now one of ours
-            file.__class__, file.deadline = BoundedFile, deadline
+            response.fp = io.BufferedReader(BoundedFile(
+                sock, response.fp.detach(), deadline), READ_SIZE)
             return response
 
         def connect(host, **options):
