@@ -901,17 +901,18 @@ def make_backends(config, sections, report, chroot, errors, warnings):
             warnings.add(section.line, f"[{name}]: is not used; add {name} to"
                                        " backend, or remove the section")
             continue
-        notes, label = warnings, "" if name in sections else f"[{name}]: "
+        label = "" if name in sections else f"[{name}]: "
         try:
             backend = cls(options, functools.partial(report, name))
             if chroot and hasattr(backend, "enter_chroot"):
                 backend.enter_chroot(chroot)
-            texts = getattr(backend, "warnings", ())
-            yield name, backend
         except ValueError as error:
-            notes, texts = errors, str(error).splitlines()
-        for text in texts:
-            notes.place(section, label + text)
+            for text in str(error).splitlines():
+                errors.place(section, label + text)
+        else:
+            for text in getattr(backend, "warnings", ()):
+                warnings.place(section, label + text)
+            yield name, backend
 
 
 # ---- Log ------------------------------------------------------------------
