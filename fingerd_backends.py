@@ -126,12 +126,14 @@ def find_slow_name(regex: re.Pattern[str]) -> str | None:
 
     timer, end = signal.ITIMER_VIRTUAL, time.monotonic() + MAX_CHECK
     signal.signal(signal.SIGVTALRM, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGVTALRM})
     try:
         for name in hostile_names(regex.pattern):
             signal.setitimer(timer, MAX_MATCH)
             regex.fullmatch(name)
             if time.monotonic() > end:
                 break
+        signal.setitimer(timer, 0)
     except TimeoutError:
         return name
     finally:
@@ -189,28 +191,33 @@ def run_program(argv: list[str], env: dict[str, str]) -> Iterator[Any]:
     It is not reaped before its group is killed: until then its number cannot
     be another's.
     """
-    # Debian's finger obeys .nofinger only when stdin is a socket.
-    stdin, peer = socket.socketpair()
-    peer.close()
-    with stdin, running_lock:
-        # As bytes, so that the daemon's locale cannot spoil a name.
-        process: Any = subprocess.Popen(
-            [argv[0], *(word.encode() for word in argv[1:])],
-            env={key.encode(): env[key].encode() for key in env},
-            stdin=stdin.fileno(), stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, start_new_session=True)
-        running.add(process)
-    try:
-        yield process
-    finally:
-        with running_lock:
-            running.discard(process)
-            kill_group(process)
-        process.stdout.close()
-        process.stderr.close()
-        # One that is stuck in the kernel is reaped by a later Popen.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(REAP_TIME)
+    # Of two pipes of its own, Popen before Python 3.11 leaves one open if it
+    # cannot open the other.
+    reader, writer = os.pipe()
+    with open(reader, "rb", 0) as errors:
+        with open(writer, "wb", 0) as stderr, running_lock:
+            # Debian's finger obeys .nofinger only when stdin is a socket.
+            stdin, peer = socket.socketpair()
+            peer.close()
+            with stdin:
+                # As bytes, so that the daemon's locale cannot spoil a name.
+                process: Any = subprocess.Popen(
+                    [argv[0], *(word.encode() for word in argv[1:])],
+                    env={key.encode(): env[key].encode() for key in env},
+                    stdin=stdin.fileno(), stdout=subprocess.PIPE,
+                    stderr=stderr, start_new_session=True)
+            running.add(process)
+        try:
+            process.stderr = errors
+            yield process
+        finally:
+            with running_lock:
+                running.discard(process)
+                kill_group(process)
+            process.stdout.close()
+            # One that is stuck in the kernel is reaped by a later Popen.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(REAP_TIME)
 
 
 def read_pipes(process, limit, deadline):
@@ -403,19 +410,24 @@ TAG_GAPS = {
 CODECS = {name: name for name in (
     "big5", "cp437", "cp850", "cp866", "euc_jp", "euc_kr", "gb18030", "gb2312",
     "gbk", "iso2022_jp", "koi8_r", "koi8_u", "mac_roman", "shift_jis",
+    "utf_16", "utf_16_be", "utf_16_le",
     *(f"cp125{part}" for part in range(9)),
     *(f"iso8859_{part}" for part in range(2, 17) if part not in (11, 12)))}
 # What pages call ASCII or Latin 1 is Windows 1252 (WHATWG Encoding 4.2).
 CODECS["ascii"] = CODECS["latin_1"] = "cp1252"
-CHARSET = re.compile(r"\bcharset\s*=\s*[\"']?([\w.:-]{1,40})",
-                     re.ASCII | re.IGNORECASE)  # email.message is quadratic
+# email.message takes quadratic time for it.
+CHARSET = re.compile(r";\s*charset\s*=\s*[\"']?([\w.:-]{1,40})",
+                     re.ASCII | re.IGNORECASE)
+# Whoever can read it does not read UTF-16.
+META = re.compile(r"<meta\b[^>]{0,200}?\bcharset\s*=\s*[\"']?"
+                  r"(?!utf-16)([\w.:-]{1,40})", re.ASCII | re.IGNORECASE)
 
 
 def choose_codec(content_type, page, is_html):
     """Choose how to read a page: by its header, its <meta>, or as UTF-8."""
-    # HTML must name it in its first KiB.
-    start = page[:1024].decode("latin-1") if is_html else ""
-    found = CHARSET.search(content_type) or CHARSET.search(start)
+    found = CHARSET.search(content_type)
+    if not found and is_html:           # HTML must name it in its first KiB
+        found = META.search(page[:1024].decode("latin-1"))
     name = re.sub("[^a-z0-9]+", "_", found[1].lower()) if found else ""
     name = encodings.aliases.aliases.get(name, name)
     return CODECS.get(name, "utf_8_sig")
@@ -599,10 +611,10 @@ class BoundedHandler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
 
 # ---- web --------------------------------------------------------------------
 
-MAX_PAGES = 250         # in a cache: some 64 MB, if all are max_output long
+MAX_CACHE = 64 << 20    # bytes of pages in a cache, if all are max_output long
 MAX_REDIRECTS = 5       # between an old address of a page and its newest
-WEB_URL = re.compile(r"https?://(?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d{1,5})?"
-                     r"(?:[/?][!-\"$-~]*)?", re.ASCII)
+WEB_URL = re.compile(r"https?://(?:[\w.-]+|\[[\da-fA-F:.]+\])"
+                     r"(?::(?P<port>\d{1,5}))?(?:[/?][!-\"$-~]*)?", re.ASCII)
 TEXT_TYPE = re.compile(r"text/.*|application/(.*\+)?(json|xml|yaml)")
 
 
@@ -610,19 +622,26 @@ def choose_template(url: str, prefix: str) -> str:
     """Make the one URL, with {user} in it, of the two settings."""
     refuse(bool(url) == bool(prefix) and "url: write either url or prefix,"
            " e.g. url = https://example.org/~{user}")
-    if prefix:
-        return check_url("prefix", prefix + "{user}")
-    refuse("{user}" not in check_url("url", url) and f'url: "{url}" has no'
-           " place for the name; write {user} in its path")
-    return url
+    return check_url("url" if url else "prefix", url or prefix)
 
 
-def check_url(setting: str, url: str) -> str:
+def check_url(setting: str, text: str) -> str:
     """Check a URL of the config: http or https, and a host of its own."""
-    text = re.sub("//.*@", "//...@", url)       # it may be a password
-    refuse(not WEB_URL.fullmatch(url) and f'{setting}: "{text}" is not a web'
-           " address; write https://host/path")
-    return url
+    url = text + "{user}" if setting == "prefix" else text
+    found = WEB_URL.fullmatch(url)
+    users = url.count("{user}")
+    if not found or not 0 < int(found["port"] or 80) < 65536:
+        text = re.sub("//.*@", "//...@", text)      # it may be a password
+        wrong = "is not a web address; write https://host/path"
+    elif climbs(url):
+        wrong = 'has a "." or ".." segment; write the path without'
+    elif users > {"index": 0, "prefix": 1}.get(setting, users):
+        wrong = "has a {user} that has no place here; leave it out"
+    elif not users and setting != "index":
+        wrong = "has no place for the name; write {user} in its path"
+    else:
+        return url
+    raise ValueError(f'{setting}: "{text}" {wrong}')
 
 
 def climbs(url: str) -> bool:
@@ -673,14 +692,15 @@ class WebBackend:
             lambda: compile_pattern(options["pattern"]))
         self.options, self.report = options, report
         self.lock = threading.Lock()
-        self.find_page = functools.lru_cache(MAX_PAGES)(lambda url: Page())
+        self.find_page = functools.lru_cache(
+            max(1, MAX_CACHE // options["max_output"]))(lambda url: Page())
         self.opener = urllib.request.OpenerDirector()   # follows no redirect
         self.opener.addheaders = [
             ("User-Agent", "fingerd/" + __version__),
             ("Accept", "text/plain, text/html;q=0.9, text/*;q=0.8")]
         self.opener.add_handler(urllib.request.ProxyHandler())
-        self.opener.add_handler(BoundedHandler(
-            context=self.tls or ssl.create_default_context()))
+        self.context = self.tls or ssl.create_default_context()
+        self.opener.add_handler(BoundedHandler(context=self.context))
         # Later they may be out of reach.
         for name in {*CODECS.values(), "utf_8_sig", "idna"}:
             codecs.lookup(name)
@@ -689,14 +709,22 @@ class WebBackend:
         """Look the hosts up and load the certificates, while we can."""
         hosts = {name: urlsplit(self.options[name]).hostname
                  for name in ("url", "prefix", "index") if self.options[name]}
-        for host in [*hosts.values(), *self.options["redirect_hosts"]]:
+        proxies = [urlsplit(url if "//" in url else f"//{url}").hostname
+                   for scheme, url in urllib.request.getproxies().items()
+                   if scheme in PORTS]
+        for host in [*hosts.values(), *proxies,
+                     *self.options["redirect_hosts"]]:
             with contextlib.suppress(OSError):
                 known_addresses[host] = find_addresses(host)
         refuse(*(f"{name}: no address of {host} is found, nor will be in the"
                  " chroot; write an address instead of the name"
                  for name, host in hosts.items()
                  if host not in known_addresses))
-        WebBackend.tls = ssl.create_default_context()
+        folder = ssl.get_default_verify_paths().capath
+        for name in os.listdir(folder) if folder else ():
+            with contextlib.suppress(OSError):      # SSLError is one
+                self.context.load_verify_locations(f"{folder}/{name}")
+        WebBackend.tls = self.context
 
     def lookup(self, user, verbose, client, timeout):
         """Give the text of the user's page; None: no such user."""
@@ -749,9 +777,9 @@ class WebBackend:
             self.report(f"an old answer is given: GET {url}: {failure}")
         else:
             page.answer = failure
-        if stale or not isinstance(failure, TimeoutError):
-            page.until = time.monotonic()
-        # Else others may have more time.
+            if isinstance(failure, TimeoutError):
+                return          # others may have more time
+        page.until = time.monotonic()
 
     def _fetch(self, url, deadline):
         """Get a page, by redirects if need be, as text; None: not there."""
@@ -767,12 +795,14 @@ class WebBackend:
 
     def _follow(self, origin, url, location):
         """Check where a redirect leads."""
+        # http.client reads headers as Latin 1.
+        location = quote(location, "!#$%&'()*+,/:;=?@[]~", "latin-1")
         target = urljoin(url, location)
         first, parts = urlsplit(origin), urlsplit(target)
         hosts = {first.hostname, *self.options["redirect_hosts"]}
         ports = {PORTS.get(parts.scheme), first.port}
         if (parts.scheme not in PORTS or "@" in parts.netloc
-                or (url.startswith("https:") and parts.scheme != "https")
+                or (urlsplit(url).scheme == "https" != parts.scheme)
                 or parts.hostname not in hosts
                 or (parts.port or PORTS[parts.scheme]) not in ports):
             raise OSError(f'redirected to "{target}", which is not allowed')
@@ -794,9 +824,10 @@ class WebBackend:
         with self.turn:
             response.fp.raw.turn = self.turn
             response.fp.raw.left += limit
-            body = response.read(limit + 1)
+            body = bytearray(limit + 1)     # read() keeps a list of chunks
+            del body[response.readinto(body):]
             if response.length and len(body) <= limit:
-                raise http.client.IncompleteRead(body)
+                raise http.client.IncompleteRead(bytes(body))
             codec = choose_codec(response.headers.get("Content-Type", ""),
                                  body, is_html)
             return make_text(body, codec, limit, html_text if is_html else str)
@@ -854,7 +885,10 @@ class FilesBackend:
         self.directory, self.index, self.listed = (
             options[row[0]] for row in self.settings)
         refuse(not self.directory
-               and "directory: is empty; write e.g. /srv/finger")
+               and "directory: is empty; write e.g. /srv/finger",
+               ("/" in self.index or self.index in (".", ".."))
+               and f'index: "{self.index}" is not the name of a file in the'
+               " directory; write e.g. index.txt")
 
     def lookup(self, user, verbose, client, timeout):
         """Give the text of a user's file; None: no such user."""
@@ -1042,6 +1076,7 @@ ITEMS = ("home", "shell", "office", "phone", "login", "from", "idle", *FILES)
 SAME_TIME = 0.02        # seconds that an unknown user takes at least
 HALF_YEAR = 365 * 86400 / 2     # seconds: an older login is shown with year
 MAX_MATCHES = 8         # accounts of one real name: as names in a query
+MATCH_TIME = 60         # seconds between two walks through all of passwd
 # utmp(5) and lastlog(5) of glibc: their times have 32 bits, or 64.
 WIDE = os.uname().machine in ("aarch64", "alpha", "ia64", "loongarch64")
 UTMP = struct.Struct("=h6x32s4x32s256s8x" + ("4xI52x" if WIDE else "I40x"))
@@ -1182,6 +1217,8 @@ class AccountsBackend:
                not numbers and f'uids: "{uids}" is not a range of numbers;'
                " write e.g. 1000-59999")
         self.uids = range(int(numbers[1]), int(numbers[2]) + 1)
+        self.lock = threading.Lock()
+        self.index_names = functools.lru_cache(maxsize=1)(self._index_names)
 
     def enter_chroot(self, path):
         raise ValueError("chroot: hides the accounts; leave one of them out")
@@ -1234,10 +1271,19 @@ class AccountsBackend:
             return []
         logins = [name, name.lower()]
         if self.options["match_names"]:
-            logins += [entry.pw_name for entry in self.passwd.getpwall()
-                       if entry.pw_uid in self.uids and name.lower()
-                       in split_gecos(entry)[0].lower().split()][:MAX_MATCHES]
+            with self.lock:     # a thread that waits finds it done
+                names = self.index_names(time.monotonic() // MATCH_TIME)
+            logins += names.get(name.lower(), [])[:MAX_MATCHES]
         return dict.fromkeys(logins)
+
+    def _index_names(self, minute):
+        """Give the logins of those with a word in their full names."""
+        names: dict = {}
+        for entry in self.passwd.getpwall():
+            for word in split_gecos(entry)[0].lower().split():
+                if entry.pw_uid in self.uids:
+                    names.setdefault(word, []).append(entry.pw_name)
+        return names
 
     def _show(self, login, items):
         """Give the lines of an account; None if there is none to be seen."""

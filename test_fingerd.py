@@ -4750,10 +4750,17 @@ class FingerBackendTest(BackendCase):
         os.unlink(path)
         self.assert_fails(f"No such file or directory: '{path}'$",
                           self.ask, backend, "alice")
-        with mock.patch("selectors.DefaultSelector", side_effect=OSError(
-                errno.EMFILE, "Too many open files")):
+        none = OSError(errno.EMFILE, "Too many open files")
+        with mock.patch("selectors.DefaultSelector", side_effect=none):
             self.assert_fails("Too many open files$", self.ask,
                               self.make_script("sleep 60"), "alice")
+        for number in range(3):
+            before = len(open_descriptors())
+            pipes = [os.pipe() for _ in range(number)]
+            with mock.patch("os.pipe", side_effect=[*pipes, none]):
+                self.assert_fails("Too many open files$", self.ask,
+                                  self.make_script("echo hi"), "alice")
+            self.assertEqual(len(open_descriptors()), before)
 
     def test_works_without_waitid_and_with_sigchld_ignored(self):
         backend = self.make_script(
@@ -4855,7 +4862,14 @@ class WebBackendTest(BackendCase):
                 "https://example.org/\u00e9{user}", "https://a:x/{user}",
                 "https://[::1/{user}", "https://a\\b/{user}")),
             ({"prefix": "https://example.org"},
-             f'prefix: "https://example.org{{user}}" {no_url}'),
+             f'prefix: "https://example.org" {no_url}'),
+            *(({"url": url}, f'url: "{url}" {no_url}') for url in (
+                "http://a:0/{user}", "http://a:65536/{user}")),
+            ({"url": "http://a/b/../{user}"}, 'url: "http://a/b/../{user}" has'
+             ' a "." or ".." segment; write the path without'),
+            *(({"prefix": host, setting: host + "{user}"},
+               f'{setting}: "{host}{{user}}" has a {{user}} that has no place'
+               " here; leave it out") for setting in ("prefix", "index")),
             ({"url": "https://me:secret@example.org/@{user}"},
              f'url: "https://...@{{user}}" {no_url}'),
             ({"url": host}, f'url: "{host}" has no place for the name; write'
@@ -4984,7 +4998,9 @@ class WebBackendTest(BackendCase):
                 ("text/html", meta % b"'windows-1251'" + b"\xcf", "\u041f\n"),
                 ("text/html", b"<meta http-equiv='Content-Type' content="
                  b"'text/html; charset=koi8-r'>\xf0", "\u041f\n"),
+                (plain + "UTF-16", "\ufeffx\n".encode("utf-16-le"), "x\n"),
                 ("text/html", meta % b"UTF-16" + b"x", "x\n"),
+                ("text/html", b"<a href='/?charset=koi8-r'>\xf0", "\\xf0\n"),
                 ("text/html", b" " * 1024 + meta % b"koi8-r" + b"\xf0",
                  "\\xf0\n"),
                 ("text/plain", meta % b"koi8-r" + b"\xf0",
@@ -5156,8 +5172,9 @@ class WebBackendTest(BackendCase):
 
     def test_follows_redirects_on_the_same_host_or_to_those_named(self):
         port = self.start_origin({"/~x": text_page("other port\n")}).port
-        origin, backend = self.start_web({"/there": text_page("hi\n")},
-                                         cache=0.0)
+        origin, backend = self.start_web({
+            "/there": text_page("hi\n"), "/%E9%20x": text_page("latin\n")},
+            cache=0.0)
         own = origin.port
         named, other = (
             self.make_web(backend.template, redirect_hosts=(host,))
@@ -5168,8 +5185,7 @@ class WebBackendTest(BackendCase):
                 ("there", "hi\n"), ("?x#y", None),
                 (origin.url + "/there", "hi\n"),
                 (f"//127.0.0.1:{own}/there", "hi\n"),
-                ("/h\xe9", OSError("UnicodeEncodeError: ")),
-                ("/x y", OSError("InvalidURL: ")),
+                ("/\xe9 x", "latin\n"),
                 ("http://[/", OSError("ValueError: ")))),
             *((backend, location, 302, refused) for location in (
                 f"http://localhost:{own}/there", f"http://127.0.0.1:{port}/~x",
@@ -5318,7 +5334,7 @@ class WebBackendTest(BackendCase):
         origin.pages = {"/~x": text_page("back\n")}
         self.assertEqual(self.ask(backend, "x"), "back\n")
 
-    @mock.patch.object(fingerd_backends, "MAX_PAGES", 2)
+    @mock.patch.object(fingerd_backends, "MAX_CACHE", 2 << 18)
     def test_forgets_what_was_asked_for_least(self):
         origin, backend = self.start_web()
         for user in "xyxzxy":
@@ -5340,10 +5356,13 @@ class WebBackendTest(BackendCase):
         self.assertEqual(str(caught.exception), "\n".join(
             f"{setting}: no address of missing.invalid {failed}"
             for setting in ("prefix", "index")))
+        # The certificates of a folder are read when one is needed.
+        os.environ["SSL_CERT_DIR"] = self.folder
+        os.environ["SSL_CERT_FILE"] = os.devnull
         url = f"https://test.invalid:{origin.port}/~{{user}}"
         backend = self.make_web(url, redirect_hosts=("missing.invalid",))
         backend.enter_chroot("/")
-        os.environ["SSL_CERT_FILE"] = os.devnull
+        os.environ["SSL_CERT_FILE"] = os.environ["SSL_CERT_DIR"] = os.devnull
         for again in (backend, self.make_web(url)):
             self.assertEqual(self.ask(again, "x"), "safe")
         find.assert_called_once_with("test.invalid")
@@ -5607,7 +5626,10 @@ class FilesBackendTest(BackendCase):
 
     def test_refuses_settings_that_cannot_be(self):
         self.assert_refused(FilesBackend, [
-            ({}, "directory: is empty; write e.g. /srv/finger")])
+            ({}, "directory: is empty; write e.g. /srv/finger"),
+            *(({"directory": "/", "index": name}, f'index: "{name}" is not the'
+               " name of a file in the directory; write e.g. index.txt")
+              for name in ("./x", "/etc/passwd", ".", ".."))])
 
     @needs_root
     def test_works_in_a_chroot_as_sql_and_remote_do(self):
@@ -6021,6 +6043,13 @@ class AccountsBackendTest(BackendCase):
                 self.assertEqual(
                     re.findall(r"(?:\A|\n\n)Login: (\w+)",
                                self.ask(backend, user) or ""), found)
+        backend = self.system.make(self, match_names=True)
+        with mock.patch.object(fingerd_backends, "MATCH_TIME", 1e9), \
+                mock.patch.object(self.system, "getpwall",
+                                  return_value=()) as walk:
+            for _ in range(3):
+                self.ask(backend, "public")
+        walk.assert_called_once_with()
 
     # Settings.
 
