@@ -5107,6 +5107,12 @@ class WebBackendTest(BackendCase):
                     OSError if b"-" in head[len(CHUNKED):] else TypeError):
                 self.assertEqual(self.ask(backend, str(number)), cut)
         self.assertLess(tracemalloc.get_traced_memory()[1], 2 ** 20)
+        # Nor do small chunks.
+        _, backend = self.start_web({"/~x": raw(
+            CHUNKED + b"2\r\nxx\r\n" * 9999 + b"0\r\n\r\n")})
+        tracemalloc.clear_traces()
+        self.assertEqual(self.ask(backend, "x"), "x" * 19998)
+        self.assertLess(tracemalloc.get_traced_memory()[1], 2 ** 19)
 
     def test_no_stage_of_an_exchange_outlasts_the_deadline(self):
         def silent_later(handler):
@@ -5359,13 +5365,15 @@ class WebBackendTest(BackendCase):
         # The certificates of a folder are read when one is needed.
         os.environ["SSL_CERT_DIR"] = self.folder
         os.environ["SSL_CERT_FILE"] = os.devnull
+        os.environ["http_proxy"] = "proxy.invalid:3128"
         url = f"https://test.invalid:{origin.port}/~{{user}}"
         backend = self.make_web(url, redirect_hosts=("missing.invalid",))
         backend.enter_chroot("/")
         os.environ["SSL_CERT_FILE"] = os.environ["SSL_CERT_DIR"] = os.devnull
         for again in (backend, self.make_web(url)):
             self.assertEqual(self.ask(again, "x"), "safe")
-        find.assert_called_once_with("test.invalid")
+        self.assertEqual(find.mock_calls, [mock.call("test.invalid"),
+                                           mock.call("proxy.invalid")])
 
     def test_needs_no_module_after_the_start(self):
         # After chroot or the drop, Python's own files may be out of reach.
