@@ -3989,13 +3989,11 @@ def in_threads(jobs):
 
     def work(job):
         start.wait(HANG)
-        try:
-            return job()
-        except Exception as error:
-            return error
+        return job()
 
     with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
-        return list(pool.map(work, jobs))
+        futures = [pool.submit(work, job) for job in jobs]
+    return [future.exception() or future.result() for future in futures]
 
 
 class Family:
@@ -4202,14 +4200,12 @@ def leased(path):
 @contextlib.contextmanager
 def as_nobody():
     """Be nobody, if we are root: it may read everything."""
-    if os.geteuid():
-        yield
-        return
-    os.seteuid(pwd.getpwnam("nobody").pw_uid)
+    user = os.geteuid()
+    os.seteuid(user or pwd.getpwnam("nobody").pw_uid)
     try:
         yield
     finally:
-        os.seteuid(0)
+        os.seteuid(user)
 
 
 class BackendCase(Case):
@@ -4350,14 +4346,10 @@ class NamePatternContract(BackendContract):
             with self.subTest(name):
                 self.assertIsNone(self.ask(backend, name))
         self.assertEqual(self.times_asked(), 0)
-        backend = self.make_known(pattern="[a-z]+:[a-z]+|-.*|x+")
-        for name, asked in (
-                ("weather:oslo", 1), ("weather:oslo!", 0), ("alice", 0),
-                ("-l", 0), ("-", 0), ("x" * 64, 1), ("x" * 65, 0)):
-            with self.subTest(name):
-                before = self.times_asked()
-                self.assertIsNone(self.ask(backend, name))
-                self.assertEqual(self.times_asked() - before, asked)
+        backend = self.make_known(pattern="-.*|x+")
+        for name, asked in (("-l", 0), ("x" * 65, 0), ("x" * 64, 1)):
+            self.assertIsNone(self.ask(backend, name))
+            self.assertEqual(self.times_asked(), asked)
 
 
 class FingerContractTest(NamePatternContract):
@@ -4492,7 +4484,7 @@ class NamePatternTest(unittest.TestCase):
         self.assertIs(signal.getsignal(signal.SIGVTALRM), signal.SIG_DFL)
 
     @mock.patch.object(fingerd_backends, "MAX_MATCH", 0.01)
-    def test_refuses_patterns_that_a_name_keeps_busy(self):
+    def test_refuses_patterns_that_a_name_keeps_busy_and_no_others(self):
         slow = ('takes over 0.01 seconds for the name "[^"]{64}"; write no'
                 " repeat inside another")
         for pattern, why in (
@@ -4507,23 +4499,18 @@ class NamePatternTest(unittest.TestCase):
             with self.subTest(pattern), self.assertRaisesRegex(
                     ValueError, f'^pattern: "{re.escape(pattern)}" {why}$'):
                 fingerd_backends.compile_pattern(pattern)
-
-    def test_takes_patterns_that_are_quick(self):
         for pattern in (
                 ".*", "[a-z]+(:[a-z]+)?", "[a-z]+([._-][a-z]+)*", "alice|bob",
                 "(?i)[a-z]{2,8}[0-9]*", r"[^\W\d]\w*", ".*a.*b", "(a+)(b+)"):
-            with self.subTest(pattern):
-                fingerd_backends.compile_pattern(pattern)
+            fingerd_backends.compile_pattern(pattern)
 
     @mock.patch.object(fingerd_backends, "MAX_CHECK", 0.01)
     def test_does_not_take_a_long_time_as_a_whole(self):
-        end = time.monotonic() + HANG
-        names = itertools.takewhile(lambda _: time.monotonic() < end,
-                                    itertools.repeat("a"))
+        names = itertools.repeat("a", 10 ** 7)
         with mock.patch.object(fingerd_backends, "hostile_names",
                                lambda pattern: names):
             fingerd_backends.compile_pattern("any(thing)?")
-        self.assertLess(time.monotonic(), end)
+        self.assertTrue(next(names, None))
 
     def test_names_are_those_of_logins_and_for_web_of_any_script(self):
         for kind, names, others in (
@@ -4666,18 +4653,15 @@ class FingerBackendTest(BackendCase):
                     for text in reports])
 
     def test_verbose_and_list_have_commands_of_their_own(self):
-        script = self.write_script('echo "$@"')
         for options, text in (
-                ({"verbose_command": script + " long {user}"}, "long alice\n"),
+                ({"verbose_command": "echo long {user}"}, "long alice\n"),
                 ({"verbose_command": ""}, "short alice\n"),
                 ({}, "short alice\n")):
-            backend = self.make(FingerBackend,
-                                command=script + " short {user}", **options)
+            backend = self.make(FingerBackend, command="echo short {user}",
+                                list_command="false", **options)
             self.assertEqual(self.ask(backend, "alice"), "short alice\n")
             self.assertEqual(self.ask(backend, "alice", True), text)
-        silent = self.write_script("exit 4")
-        backend = self.make(FingerBackend, command="true", list_command=silent)
-        self.assert_fails(f"^{silent}: gave no list$", self.list, backend)
+        self.assert_fails("^/.*/false: gave no list$", self.list, backend)
 
     def test_leaves_nothing_behind_and_waits_for_nobody(self):
         short, linger = 0.01, HANG      # what the end of pipes may take
@@ -5767,15 +5751,18 @@ class SqlBackendTest(BackendCase):
                 call.cursor(), call.cursor().execute(*words),
                 call.cursor().fetchmany(fingerd_backends.MAX_ROWS),
                 call.cursor().close(), call.rollback()]
-        self.assertEqual(self.connections[0].mock_calls, expected)
         del backend
         gc.collect()
         self.assertEqual(self.connections[0].mock_calls,
                          [*expected, call.close()])
 
     def test_has_as_many_connections_as_threads_and_new_ones_for_dead(self):
+        def execute(query, parameters):
+            hold.wait(HANG)
+            if parameters == ["typo"]:
+                raise LookupError("there is\na typo")
         hold = threading.Event()
-        module, backend = self.make_fake(lambda *args: hold.wait(HANG))
+        module, backend = self.make_fake(execute)
         backend.limit_threads(5)
         asked = functools.partial(self.ask, backend, "alice")
 
@@ -5787,6 +5774,9 @@ class SqlBackendTest(BackendCase):
         self.assertEqual(in_threads([release] + [asked] * 9),
                          [None] + ["I am here\n"] * 9)
         self.assertEqual(len(self.connections), 5)
+        # What fails is tried once again, on a new connection.
+        self.assert_fails("LookupError: there is a typo", self.ask, backend,
+                          "typo")
         for connection in self.connections:
             connection.cursor.side_effect = OSError
         connect, module.connect.side_effect = (
@@ -5796,20 +5786,8 @@ class SqlBackendTest(BackendCase):
         for _ in range(5):
             self.assertEqual(asked(), "I am here\n")
         self.assertEqual([bool(connection.close.called) for connection
-                          in self.connections].count(True), 2)
-        self.assertEqual(len(self.connections), 6)
-
-    def test_a_query_that_fails_is_tried_again_once_and_closes_both(self):
-        def execute(query, parameters):
-            if parameters == ["typo"]:
-                raise LookupError("there is\na typo")
-        _, backend = self.make_fake(execute)
-        self.assertEqual(self.ask(backend, "alice"), "I am here\n")
-        self.assert_fails("LookupError: there is a typo", self.ask, backend,
-                          "typo")
-        self.assertEqual(
-            [(connection.cursor().execute.call_count, connection.close.called)
-             for connection in self.connections], [(2, True), (1, True)])
+                          in self.connections].count(True), 4)
+        self.assertEqual(len(self.connections), 7)
 
     def test_the_server_bounds_it_by_max_threads(self):
         config = read_config("[server]\nbackend = sql\n[limits]\nmax_threads ="
@@ -6084,15 +6062,14 @@ a8 = bob
                 "short": ["Happy"], "bob2": ["Bob"] * 2, "bob": ["Bob"],
                 "eight": ["Bob"] * 8, "a0": ["Bob"],
                 "/W short bob": ["Happy", "Bob"],
-                "": ["bob     Bob\ncarol   Carol\nstaff   hidden by the alias"
-                     "\nmoshez  Happy"],
+                "": ["bob     Bob\r\ncarol   Carol\r\n"
+                     "staff   hidden by the alias\r\nmoshez  Happy"],
                 "staff Staff": staff * 2,
                 "staff staff bob": ["Malformed query"]}.items():
             with self.subTest(line):
                 self.assertEqual(
-                    server.ask(line.encode() + b"\r\n").decode().replace(
-                        "\r\n", "\n"), "\n".join(
-                            f"{reply}\n" for reply in replies))
+                    server.ask(f"{line}\r\n".encode()).decode(), "\r\n".join(
+                        f"{reply}\r\n" for reply in replies))
 
     def test_every_backend_is_asked_for_the_names(self):
         asked: list[str] = []
