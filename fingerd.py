@@ -677,16 +677,18 @@ class Notes(list):
     def add(self, line: int, text: str) -> None:
         self.append((line, text))
 
-    def place(self, section: Section, text: str) -> None:
-        """Add a backend's note, `setting: text`, at the setting's line.
+    def place(self, section: Section, label: str,
+              texts: Iterable[str]) -> None:
+        """Add a backend's notes, `setting: text`, each at the setting's line.
 
-        If the setting has a note, the backend saw only its default.
+        A setting that has a note is skipped: the backend saw its default.
         """
-        setting = text.partition(":")[0]
-        line = section.get(setting, section).line
-        if (line, setting) not in [(line, text.partition(":")[0])
-                                   for line, text in self]:
-            self.add(line, text)
+        noted = {(line, text.partition(":")[0]) for line, text in self}
+        for text in texts:
+            setting = text.partition(":")[0]
+            line = section.get(setting, section).line
+            if (line, setting) not in noted:
+                self.add(line, label + text)
 
     def texts(self, path: str) -> list[str]:
         return [f"{path}:{line}: {text}" if line else text
@@ -797,8 +799,10 @@ def convert_core(sections, overrides, old, errors):
         for row in rows:
             config.raw_values[section, row.name] = row.default
         for entry in entries:
-            config.raw_values[section, entry.name.lower()] = full_text(entry)
-            config.lines[entry.name.lower()] = entry.line
+            name = entry.name.lower()
+            if name in values:
+                config.raw_values[section, name] = full_text(entry)
+                config.lines[name] = entry.line
     if old:
         config.daemon = old.daemon
     return config
@@ -835,7 +839,7 @@ def convert_entry(row: Setting, entry: Entry, errors: Notes) -> Any:
         if line:
             errors.add(number, INDENTED)
     try:
-        if UNSAFE.search(entry.text):
+        if re.search("[\0-\x1f\x7f-\x9f]", entry.text):
             raise ValueError("has control characters; remove them")
         return KINDS[row.kind](entry.text)
     except ValueError as error:
@@ -907,11 +911,9 @@ def make_backends(config, sections, report, chroot, errors, warnings):
             if chroot and hasattr(backend, "enter_chroot"):
                 backend.enter_chroot(chroot)
         except ValueError as error:
-            for text in str(error).splitlines():
-                errors.place(section, label + text)
+            errors.place(section, label, str(error).splitlines())
         else:
-            for text in getattr(backend, "warnings", ()):
-                warnings.place(section, label + text)
+            warnings.place(section, label, getattr(backend, "warnings", ()))
             yield name, backend
 
 
@@ -1244,10 +1246,10 @@ class Answers:
 
     def frame(self, reply):
         """Put header and footer around an answer; cut it to max_reply."""
-        data = reply.data
+        data, limit = reply.data, self.limits.max_reply
         if reply.outcome in ("answered", "list"):
-            data = self.header + data + self.footer
-        return reply._replace(data=truncate(data, self.limits.max_reply))
+            data = self.header + data[:limit + 1] + self.footer
+        return reply._replace(data=truncate(data, limit))
 
     def look_up(self, user, verbose, client, deadline):
         """Ask the backends in order until one knows the user, or fails."""
@@ -2506,6 +2508,7 @@ def passed_listeners() -> Iterator[Listener]:
             if listener.family in (socket.AF_INET, socket.AF_INET6) and (
                     listener.getsockopt(socket.SOL_SOCKET,
                                         socket.SO_ACCEPTCONN)):
+                listener.set_inheritable(False)
                 listener.passed = True
                 yield listener
                 continue
@@ -2515,7 +2518,7 @@ def passed_listeners() -> Iterator[Listener]:
 
 
 def fit_max_clients(config: Any, log: Log) -> None:
-    """Raise the limit of descriptors; lower max_clients to fit."""
+    """Raise the limit of descriptors; lower clients and threads to fit."""
     limits = config.limits
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
@@ -2523,16 +2526,18 @@ def fit_max_clients(config: Any, log: Log) -> None:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return
-    clients = max(1, soft - SPARE_DESCRIPTORS)
+    clients, threads = soft - SPARE_DESCRIPTORS, limits.max_threads
     if config.server.forward or any(
             backend.waits for _, backend in config.backends):
-        # There are never more lookups than clients.
-        clients = max(1, clients // (1 + LOOKUP_DESCRIPTORS),
-                      clients - LOOKUP_DESCRIPTORS * limits.max_threads)
-    if clients < limits.max_clients:
-        log.event("notice", "limits", max_clients=clients, descriptors=soft,
-                  configured=limits.max_clients)
-        limits.max_clients = clients
+        threads = min(threads, max(1, clients // 2 // LOOKUP_DESCRIPTORS))
+        clients -= LOOKUP_DESCRIPTORS * threads
+    for name, most in (("max_threads", threads),
+                       ("max_clients", max(1, clients))):
+        configured = getattr(limits, name)
+        if most < configured:
+            setattr(limits, name, most)
+            log.event("notice", "limits", **{name: most}, descriptors=soft,
+                      configured=configured)
 
 
 # ---- Pidfile --------------------------------------------------------------
@@ -2565,8 +2570,9 @@ def hold_pidfile(path: str) -> Iterator[None]:
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StartError(f"already running, pid {find_daemon(path)[0]}"
-                             f" ({path} is locked)") from None
+            pid = find_daemon(path)[0] or "unknown: it has just ended"
+            raise StartError(f"already running, pid {pid} ({path} is"
+                             " locked)") from None
         if not os.fstat(fd).st_nlink:
             raise StartError(f"{path} has just been removed; start again")
         os.ftruncate(fd, 0)
@@ -2825,7 +2831,7 @@ class Notifier(socket.socket):
         if path:
             with attempt("reach NOTIFY_SOCKET"):
                 self.connect("\0" + path[1:] if path[0] == "@" else path)
-            if re.fullmatch("[0-9]{1,15}", period) and (
+            if re.fullmatch("[1-9][0-9]{0,14}", period) and (
                     os.environ.get("WATCHDOG_PID", pid) == pid):
                 self.period = int(period) / 2e6
 
@@ -2872,23 +2878,21 @@ class Daemon:
             self.notifier.find_systemd()
             release = daemonize() if daemon.daemonize else None
             self.terminal = open_terminal()
-            # Until it serves, a signal is kept pending; but Ctrl-C ends it.
-            signal.pthread_sigmask(signal.SIG_BLOCK,
-                                   {*SIGNALS} - {signal.SIGINT})
             if daemon.pidfile:
                 opened.enter_context(hold_pidfile(self.path(daemon.pidfile)))
             listeners = [
                 opened.enter_context(listener) for listener in
                 passed or open_listeners(self.config.server.listen)]
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # kept pending
             self.open_log(self.config)
             self.give_up_rights(answers)
             fit_max_clients(self.config, self.log)
             self.server = opened.enter_context(
                 FingerServer(listeners, answers, self.log))
             self.watch_signals()
-            self.report_ready(listeners)
             if release:
                 release()
+            self.report_ready(listeners)
             self.server.serve_forever()
             self.report_end()
 
@@ -2896,7 +2900,7 @@ class Daemon:
         """Enter the chroot and the rundir, and become the user."""
         daemon = self.config.daemon
         rundir = daemon.rundir or (
-            "/" if daemon.daemonize or daemon.chroot else ".")
+            "/" if daemon.daemonize or daemon.chroot else "")
         if self.ids:
             load_late_imports()
         with attempt("enter chroot or rundir"):
@@ -2905,7 +2909,8 @@ class Daemon:
                 os.chroot(daemon.chroot)
                 os.chdir("/")
                 self.root = os.path.normpath(daemon.chroot)
-            os.chdir(rundir)
+            if rundir:
+                os.chdir(rundir)
         if self.ids:
             drop_privileges(*self.ids)
 
@@ -3132,7 +3137,8 @@ def print_reply(args: Any, log: Log) -> int:
     """Print what a client would get for a line; 1 if a backend failed."""
     import ipaddress  # not needed to serve
     config = load_config(args, log)
-    client = plain_address(args.address)
+    client = plain_address(
+        "127.0.0.1" if args.address is None else args.address)
     try:
         ipaddress.ip_address(client)
     except ValueError:
@@ -3171,6 +3177,8 @@ def control(args: Any, log: Log) -> int:
         config, errors = load_config(args, log), ""
     except ConfigError as error:
         config, errors = error.config, str(error)
+    if errors and args.reload:
+        complain(errors)
     path = args.pidfile or (config.daemon.pidfile if config else "")
     if not path:
         raise ConfigError(errors or "no pidfile is configured; set pidfile in"
@@ -3183,10 +3191,11 @@ def control(args: Any, log: Log) -> int:
         return 1 if args.reload else 0
     with attempt(f"signal pid {pid}"):
         os.kill(pid, signal.SIGHUP if args.reload else signal.SIGTERM)
-    if args.reload:
-        errors = errors or unreadable_config(config, process_ids(pid))
+    if args.reload and not errors:
+        errors = unreadable_config(config, process_ids(pid))
         if errors:
             complain(errors)
+    if args.reload:
         return 1 if errors else 0
     timeout = STOP_WAIT + (config.limits.timeout if config else 0)
     until = time.monotonic() + timeout
@@ -3339,7 +3348,7 @@ def make_parser() -> Parser:
     for flags, name, const, text in SWITCHES:
         parser.add_argument(*flags, dest=name, action="store_const",
                             const=const, help=text)
-    parser.set_defaults(config=CONFIG, address="127.0.0.1")
+    parser.set_defaults(config=CONFIG)
     return parser
 
 
@@ -3376,6 +3385,8 @@ def settings_text() -> str:
 
 def carry_out(args: Any, log: Log) -> int:
     """Do what the options say; give the exit status."""
+    if args.address is not None and args.query is None:
+        raise ConfigError("--from: goes with --query only")
     if args.version:
         say(f"fingerd {__version__}\n")
     elif args.help:
