@@ -3219,6 +3219,7 @@ class PrivilegesTest(unittest.TestCase):
             os.setgid(NOBODY)
             os.setuid(NOBODY)
 
+        read_config("")         # loads what nobody may not
         with installed() as program:
             os.mkdir(os.path.join(program.directory, "closed"), 0o700)
             program.serve(cwd=program.directory, preexec_fn=become_nobody)
