@@ -453,6 +453,11 @@ class Program(Logged):
         text = pathlib.Path(f"/proc/{self.pid}/status").read_text()
         return re.search(rf"(?m)^{key}:\s*(.*)$", text)[1].split()
 
+    def stat(self):
+        """Give the words of /proc/PID/stat from the state on."""
+        text = pathlib.Path(f"/proc/{self.pid}/stat").read_text()
+        return text.rpartition(")")[2].split()
+
 
 @contextlib.contextmanager
 def installed(text=USERS):
@@ -1288,31 +1293,23 @@ class AnswerTest(ServerCase):
     def test_answers_every_form_of_the_query_line(self):
         server = self.serve()
         host = socket.gethostname().encode()
-        for reply, *queries in [
-                (HAPPY, [b"moshez\r\n"], [b"MosheZ\n"],
-                 [b"/W ", b"moshez", b"\r\n"], [b"moshez\r\0"],
-                 [b"m", b"o", b"shez", b"\r", b"\n"], [b"moshez /W\r\n"],
+        for reply, *queries in [    # see QueryTest for more
+                (HAPPY, [b"MosheZ\n"], [b"/W ", b"moshez", b"\r\n"],
+                 [b"m", b"o", b"shez", b"\r", b"\n"],
                  [b"\xff", b"\xfb", b"\x0amoshez\r\n"],
                  [b"moshez@localhost\r\n"], [b"moshez@127.0.0.1\r\n"],
                  [b"moshez@[127.0.0.1]\r\n"], [b"moshez@" + host + b"\r\n"],
-                 [b"moshez\r\nalice\r\n"], [b"moshez\r\xff\xf1\0\n"],
-                 [b"\xff\xfd\x03" * 180, b"moshez\r\n"],
-                 [b"\xff\xfd\x03" * 180 + b"moshez\r\n"]),
-                (ALICE, [b"alice\r\n"]),
-                (UNKNOWN, [b"bob\r\n"], [b"x" * 512 + b"\r\n"],
-                 [b"x" * 512 + b"\r\r\n"], [b"x" * 512, b"\r", b"\r\n"]),
+                 [b"moshez\r\nalice\r\n"],
+                 [b"\xff\xfd\x03" * 180, b"moshez\r\n"]),
+                (UNKNOWN, [b"x" * 512, b"\r", b"\r\n"]),
                 (HAPPY + b"\r\n" + UNKNOWN + b"\r\n" + ALICE,
                  [b"moshez bob alice\r\n"]),
-                (UNKNOWN + b"\r\n" + UNKNOWN, [b"bob bill\r\n"]),
-                (b"Finger online user list denied\r\n",
-                 [b"\r\n"], [b"/W\r\n"], [b"@localhost\r\n"]),
+                (b"Finger online user list denied\r\n", [b"/W\r\n"]),
                 (b"Finger forwarding service denied\r\n",
-                 [b"a@example.org\r\n"], [b"@\r\n"], [b"a@@localhost\r\n"]),
-                (b"Malformed query\r\n", [b"a\0b\r\n"], [b"\xe9\r\n"],
-                 [b"a b c d e f g h i\r\n"]),
+                 [b"a@example.org\r\n"], [b"@\r\n"]),
+                (b"Malformed query\r\n", [b"\xe9\r\n"]),
                 (b"Query too long\r\n", [b"x" * 513 + b"\n"],
                  [b"x" * 200, b"x" * 200, b"x" * 200],
-                 [b"moshez " * 100 + b"\r\n"],
                  [b"\xff\xfd\x03" * 600, b"\xff\xfd\x03" * 100])]:
             for segments in queries:
                 with self.subTest(segments=segments):
@@ -1433,10 +1430,11 @@ class BackendsTest(ServerCase):
         def second(user, timeout):
             asked.append(user)
             self.assertTrue(6 < timeout <= 7, timeout)
-            return f"second {user}" if user != "carol" else None
+            return f"second\x1b {user}" if user != "carol" else None
         reply, log = self.ask_backend(second, b"moshez bob carol\r\n",
                                       "timeout = 7")
-        self.assertEqual(reply, HAPPY + b"\r\nsecond bob\r\n\r\n" + UNKNOWN)
+        self.assertEqual(
+            reply, HAPPY + b"\r\nsecond^[ bob\r\n\r\n" + UNKNOWN)
         self.assertEqual(asked, ["bob", "carol"] * 2)
         self.assertIn(" outcome=answered backend=users,test ", log[0])
 
@@ -1466,13 +1464,6 @@ class BackendsTest(ServerCase):
             backend.user_list = lambda *asked, give=given: give()
             self.assertEqual(server.ask(b"\r\n"), reply)
         server.wait_log("outcome=list backend=users,test ")
-
-    def test_cuts_a_flood_and_shows_control_characters(self):
-        reply, _ = self.ask_backend(lambda user, timeout: "0123456\n" * 10**5)
-        self.assertLessEqual(len(reply), 65536)
-        self.assertTrue(reply.endswith(b"\r\n0123456\r\n[truncated]\r\n"))
-        reply, _ = self.ask_backend(lambda user, timeout: "\x1b[2J\u202e\r\n")
-        self.assertEqual(reply, b"^[[2J\\u202e\r\n")
 
     @needs_more_addresses
     def test_one_address_leaves_some_of_max_threads_to_others(self):
@@ -1606,19 +1597,6 @@ class BackendsTest(ServerCase):
             self.assertEqual(read_all(each), HAPPY)
             each.close()
         self.assertTrue(server.server.ended.wait(HANG))
-
-    def test_a_stop_waits_no_longer_for_who_does_not_read(self):
-        server = self.serve("[limits]\nmax_reply = 1M\ntimeout = 99\n"
-                            "[users]\nbig = " + "x" * 300_000)
-        self.connect(server, b"big\r\n", window=4096)
-        server.wait_waiting(fingerd.WRITE)
-
-        def stop():
-            server.server.stop()
-            server.server.chores[server.server.abort] -= 100
-            server.server.waiting.hurry(0)
-        server.in_loop(stop)
-        server.wait_log('q="big" outcome=gone')
 
     def test_a_thread_is_kept_for_the_next_client_and_ends_with_the_server(
             self):
@@ -2084,8 +2062,9 @@ class LimitsTest(ServerCase):
             sock.close()
         wait_until(lambda: not server.server.hosts.total, "all to end")
 
-    def test_slow_readers_share_a_text_hold_nobody_up_and_get_it_all(self):
-        server = self.serve("[limits]\nmax_reply = 1M\n" + USERS + self.BIG)
+    def test_slow_readers_share_a_text_and_hold_up_nobody_and_no_stop(self):
+        server = self.serve("[limits]\nmax_reply = 1M\ntimeout = 99\n" + USERS
+                            + self.BIG)
         slow = [self.connect(server, b"big\r\n", window=4096)
                 for _ in range(3)]
         server.wait_waiting(fingerd.WRITE, 3)
@@ -2094,6 +2073,13 @@ class LimitsTest(ServerCase):
         self.assertEqual(server.ask(b"moshez\r\n"), HAPPY)
         self.assertEqual(len(read_all(slow[0])), 245_072)
         server.wait_log('q="big" outcome=answered .*bytes=245072')
+
+        def stop():
+            server.server.stop()
+            server.server.chores[server.server.abort] -= 100
+            server.server.waiting.hurry(0)
+        server.in_loop(stop)
+        server.wait_log('q="big" outcome=gone', 2)
 
     def test_loses_nothing_to_what_the_client_still_sends(self):
         server = self.serve("[users]\nlong = " + "x" * 60_000)
@@ -2488,6 +2474,10 @@ class ProcessTest(unittest.TestCase):
         args = [] if os.geteuid() else ["--user", "root"]
         with daemon(USERS, *args) as program, \
                 contextlib.ExitStack() as stack:
+            def cpu_seconds():
+                times = program.stat()[11:13]
+                return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+
             address = program.address
             used = len(os.listdir(f"/proc/{program.pid}/fd"))
             resource.prlimit(program.pid, resource.RLIMIT_NOFILE,
@@ -2496,9 +2486,9 @@ class ProcessTest(unittest.TestCase):
             waiting = stack.enter_context(connect(address))
             waiting.sendall(b"moshez\r\n")
             program.wait_log('starved reason="too many open files"')
-            start = cpu_seconds(program.pid)
+            start = cpu_seconds()
             self.assertEqual(select.select([waiting], [], [], 0.2)[0], [])
-            self.assertLess(cpu_seconds(program.pid) - start, 0.1)
+            self.assertLess(cpu_seconds() - start, 0.1)
             held[0].close()
             self.assertEqual(read_all(waiting), HAPPY)
             self.assertEqual(
@@ -2611,15 +2601,13 @@ class ProcessTest(unittest.TestCase):
                                  + ("TERM" if nohup else "HUP"))
 
     def test_only_root_can_become_another(self):
-        namespace = types.SimpleNamespace
         with as_nobody():
-            self.assertIsNone(fingerd.choose_ids(namespace(
-                user=None, group=None, chroot="")))
-            for change in ({"user": ("root", 0, 0)},
-                           {"group": 54321}, {"chroot": "/"}):
-                daemon = {"user": None, "group": None, "chroot": "", **change}
+            self.assertIsNone(fingerd.choose_ids(read_config("").daemon))
+            for name, value in (("user", "root"), ("group", "54321"),
+                                ("chroot", "/")):
+                config = read_config("", {name: value})
                 with self.assertRaisesRegex(fingerd.StartError, "only root"):
-                    fingerd.choose_ids(namespace(**daemon))
+                    fingerd.choose_ids(config.daemon)
 
 
 NOBODY = 65534      # a user that has nothing
@@ -2638,9 +2626,7 @@ class BackgroundTest(unittest.TestCase):
                 self.assertEqual(os.stat(path).st_mode & 0o777, mode)
             if not os.path.exists("/proc/self/status"):
                 self.skipTest("no /proc here")
-            fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(
-                ")")[2].split()
-            session, terminal = int(fields[3]), int(fields[4])
+            session, terminal = map(int, program.stat()[3:5])
             self.assertNotIn(session, (pid, os.getsid(0)))
             self.assertEqual(terminal, 0)
             self.assertEqual(program.status("Umask"), ["0027"])
@@ -3011,13 +2997,11 @@ class StatsTest(Case):
         for reply, seconds in ((fingerd.GONE, 0.0005), (both, 0.3),
                                (both, 11)):
             stats.count(reply, seconds)
+        bounds = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25,
+                  0.5, 1, 2.5, 5, 10, "+Inf"]
         buckets = "".join(
             f'fingerd_query_seconds_bucket{{le="{bound}"}} {number}\n'
-            for bound, number in [
-                ("0.0005", 1), ("0.001", 1), ("0.0025", 1), ("0.005", 1),
-                ("0.01", 1), ("0.025", 1), ("0.05", 1), ("0.1", 1),
-                ("0.25", 1), ("0.5", 2), ("1", 2), ("2.5", 2), ("5", 2),
-                ("10", 2), ("+Inf", 3)])
+            for bound, number in zip(bounds, [1] * 9 + [2] * 5 + [3]))
         self.assertEqual(stats.text(2, 1, {"ok": 3, "failed": 0}), f"""\
 # TYPE fingerd_queries_total counter
 fingerd_queries_total{{outcome="gone",backend="-"}} 1
@@ -3685,12 +3669,6 @@ def refused(address):
     except OSError:
         return False
     return False
-
-
-def cpu_seconds(pid):
-    """Give the CPU time that a process has used."""
-    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
-    return sum(map(int, fields.split()[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 # ---- Command line ---------------------------------------------------------
