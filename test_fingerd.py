@@ -3947,21 +3947,19 @@ CLIENT = "192.0.2.7"
 # openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes
 TEST_CERT = """\
 -----BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgJzWKkBpK6AYfQh33
-+PcMep6WEQf/dp3+7B/xk00Zr5qhRANCAAS5KF7tpQLaaQH6USCrjXbn2NRszwpo
-YuxBXDMhmrkmXAmHGRaGMAoPLEHhmJGDjT9WE7XmAxS4sETGNT4ubNsJ
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQghBqC7tTsciDx9ItX
+5yXbKYayGWItmMPZqFxb//NGy7GhRANCAATYHsVrN4UdCMzkDdqgut6a63Sax0DS
+0ibbNwJtjyxPO7vPI4RWsaCKQaN0NM1o2Qgm1lHzrCWmJl2C1q/uqIho
 -----END PRIVATE KEY-----
 -----BEGIN CERTIFICATE-----
-MIIBvDCCAWGgAwIBAgIUIAIdyVafEIG5r5zJ8LRh3YS/fa4wCgYIKoZIzj0EAwIw
-FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyMjIxNDQ1M1oYDzIxMjYxMDI5
-MjE0NDUzWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
-PQMBBwNCAAS5KF7tpQLaaQH6USCrjXbn2NRszwpoYuxBXDMhmrkmXAmHGRaGMAoP
-LEHhmJGDjT9WE7XmAxS4sETGNT4ubNsJo4GOMIGLMB0GA1UdDgQWBBSIZhkAO+1C
-vfixYkwgd1ikjIgWfTAfBgNVHSMEGDAWgBSIZhkAO+1CvfixYkwgd1ikjIgWfTAo
-BgNVHREEITAfgglsb2NhbGhvc3SCDHRlc3QuaW52YWxpZIcEfwAAATAPBgNVHRMB
-Af8EBTADAQH/MA4GA1UdDwEB/wQEAwIChDAKBggqhkjOPQQDAgNJADBGAiEA5CsZ
-CsjNQGohrpa7bhXg8qhv+v/IFGTn+BGvqDATgQECIQCnFiAPZQRFU2Q9OH2YF/P1
-ytcVPg2wujxjWxghEpsBnw==
+MIIBUTCB+aADAgECAhRvRNhQzPS9f9yRJSTGylSSgav+MzAKBggqhkjOPQQDAjAM
+MQowCAYDVQQDDAF4MCAXDTI2MTEzMDE3NTMxMVoYDzIxMjYxMTA2MTc1MzExWjAM
+MQowCAYDVQQDDAF4MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAE2B7FazeFHQjM
+5A3aoLremut0msdA0tIm2zcCbY8sTzu7zyOEVrGgikGjdDTNaNkIJtZR86wlpiZd
+gtav7qiIaKM3MDUwKAYDVR0RBCEwH4IJbG9jYWxob3N0ggx0ZXN0LmludmFsaWSH
+BH8AAAEwCQYDVR0TBAIwADAKBggqhkjOPQQDAgNHADBEAiAX6csP775mtg6toUlY
+0sIJgTX9pIOfNvPwdIH50ueYSAIgVgC7wyTRGLJQc1uBw/IUQWoMP8ZZmnjZHuQh
+Rmbyt0o=
 -----END CERTIFICATE-----
 """
 
@@ -4274,12 +4272,10 @@ class BackendCase(Case):
 # ---- What every backend does ----------------------------------------------
 
 HOSTILE_NAMES = (
-    "-l", "--", "-", ".", "..", "../../etc/passwd", "/etc/passwd", "a/..",
-    "a/../b", "%2e%2e", "%252e%252e", "..%2f..", "..;", "a\\..\\b", "$(id)",
-    "`id`", ";id", "|id", "a&b", "a?b=c", "a#b", "a:b", "*", "~", "{user}",
-    "{0}", "%s", "%(x)s", "\\x00", "'", '"', "\u202e", "x" * 500,
-    "\u65e5" * 170, ".htpasswd", ".git/config", ".git%2Fconfig", "-x", ".a",
-    "a b", "x" * 65, "a\n", "+", "")
+    "-l", "-", ".", "..", "/etc/passwd", "a/..", "%2e%2e", "a%2f..", "..;",
+    "a\\..\\b", "$(id)", "`id`", ";id", "|id", "a&b", "a?b=c", "a#b", "a:b",
+    "*", "~", "{user}", "%s", "\\x00", "'", '"', "\u202e", "x" * 500,
+    "\u65e5" * 170, ".a", "a b", "x" * 65, "a\n", "+", "")
 
 
 class BackendContract(BackendCase):
@@ -4288,9 +4284,7 @@ class BackendContract(BackendCase):
     known = "I am {}.\n"
     listed = "alice\nbob\n"
     late = "timed out"
-
-    def make_known(self, listed=False, **options) -> Any:
-        raise NotImplementedError
+    make_known: Any
 
     def test_answers_who_it_knows_only_and_fails_with_its_source(self):
         backend = self.make_known()
@@ -4302,10 +4296,8 @@ class BackendContract(BackendCase):
         self.assertEqual(self.reports, [])
         self.assertFalse(getattr(backend, "warnings", ()))
         self.assert_fails(".", self.ask, backend, "broken")
-
-    def test_gives_its_list_or_none(self):
+        self.assertIsNone(self.list(backend))
         self.assertEqual(self.list(self.make_known(listed=True)), self.listed)
-        self.assertIsNone(self.list(self.make_known()))
 
     def test_keeps_to_the_timeout(self):
         backend = self.make_known()
@@ -4354,9 +4346,8 @@ class FingerContractTest(NamePatternContract):
                 *) exit 1 ;;
             esac
             """)
-        if listed:
-            options["list_command"] = script + " list"
-        return self.make(FingerBackend, command=script + " {user}", **options)
+        return self.make(FingerBackend, command=script + " {user}",
+                         list_command=f"{script} list" * listed, **options)
 
     def times_asked(self):
         return os.path.getsize(self.log)
@@ -4370,10 +4361,8 @@ class WebContractTest(NamePatternContract):
             "/~broken": (500, {}, b"oops"),
             "/~slow": drip(HEAD + b"\r\n"),
             "/list": text_page("alice\nbob\n")})
-        if listed:
-            options["index"] = self.origin.url + "/list"
         return self.make(WebBackend, url=self.origin.url + "/~{user}",
-                         **options)
+                         index=f"{self.origin.url}/list" * listed, **options)
 
     def times_asked(self):
         return len(self.origin.asked)
@@ -4402,10 +4391,8 @@ class SqlContractTest(BackendContract):
         self.addCleanup(gc.collect)     # an exception keeps its connection
         self.path = os.path.join(self.folder, "known.db")
         make_database(self.path, """
-            CREATE TABLE known (name, text);
-            INSERT INTO known VALUES ('alice', 'I am alice.\n'),
-                                     ('bob', 'I am bob.');
-            CREATE VIEW people AS SELECT * FROM known
+            CREATE VIEW people AS SELECT 'bob' AS name, 'I am bob.' AS text
+                UNION ALL SELECT 'alice', 'I am alice.\n'
                 UNION ALL SELECT 'broken', abs(-9223372036854775808)
                 UNION ALL SELECT 'slow', (WITH RECURSIVE t(n) AS (
                     SELECT 1 UNION ALL SELECT n + 1 FROM t)
@@ -4413,8 +4400,8 @@ class SqlContractTest(BackendContract):
             """)
 
     def make_known(self, listed=False, **options):
-        return self.make(SqlBackend, database=self.path, list_query=listed * (
-            "SELECT name FROM known ORDER BY name"))
+        return self.make(SqlBackend, database=self.path,
+                         list_query="VALUES ('alice'), ('bob')" * listed)
 
 
 class AccountsContractTest(BackendContract):
@@ -4626,6 +4613,10 @@ class FingerBackendTest(BackendCase):
                 ("echo hi; echo 'No such user'", "hi\nNo such user\n"),
                 (r"printf '\233\377h\303\251\303\r\n'",
                  "\\x9b\\xffh\u00e9\\xc3\r\n"),
+                # The start of what has no end.
+                *((f"printf a >&2; head -c 99999 /dev/zero | tr '\\0' '{fill}'"
+                   " >&2; echo hi", "hi\n", "a" + fill.strip() * 4095)
+                  for fill in "x "),
                 # A signal is a failure.
                 ("echo half; kill -15 $$", OSError(
                     "script: ended by signal 15$")),
@@ -4634,7 +4625,9 @@ class FingerBackendTest(BackendCase):
             with self.subTest(script):
                 del self.reports[:]
                 backend = self.make_script(script)
+                begin = time.process_time()
                 self.assert_answer(answer, self.ask, backend, "alice")
+                self.assertLess(time.process_time() - begin, 0.1)
                 path = os.path.join(self.folder, "script")
                 self.assertEqual(self.reports, [
                     "debug: " * ("no such user" in text.lower())
@@ -4692,19 +4685,6 @@ class FingerBackendTest(BackendCase):
         path = os.path.join(self.folder, "script")
         self.assertEqual(self.reports,
                          [f"{path}: on standard error: waiting"])
-
-    def test_keeps_the_start_of_complaints_without_end(self):
-        for fill, text in (("x", "ax" + "x" * 4094), (" ", "a")):
-            backend = self.make_script(
-                f"printf a{fill} >&2; head -c 300000 /dev/zero |"
-                f" tr '\\0' '{fill}' >&2; echo hi")
-            del self.reports[:]
-            begin = time.process_time()
-            self.assertEqual(self.ask(backend, "alice"), "hi\n")
-            self.assertLess(time.process_time() - begin, 0.1)
-            self.assertEqual(self.reports, [
-                f"{backend.commands['command'][0]}: on standard error: {text}"
-                ])
 
     def test_a_program_that_cannot_be_run_is_a_failure_with_a_reason(self):
         path = self.write_script("echo hi", shell="")
@@ -4956,7 +4936,6 @@ class WebBackendTest(BackendCase):
                  "h\u00e9 \u201cx\u201d\n"),
                 (plain + "us-ascii", b"h\xe9\n", "h\u00e9\n"),
                 (plain + "ISO-8859-15", b"\xa4\n", "\u20ac\n"),
-                (plain + "Windows-1251", b"\xcf\n", "\u041f\n"),
                 (plain + "Shift_JIS", b"\x93\xfa\n", "\u65e5\n"),
                 (html + "koi8-r", meta % b"cp1251" + b"\xf0", "\u041f\n"),
                 ("text/html", meta % b"'windows-1251'" + b"\xcf", "\u041f\n"),
@@ -5145,9 +5124,7 @@ class WebBackendTest(BackendCase):
             "/there": text_page("hi\n"), "/%E9%20x": text_page("latin\n")},
             cache=0.0)
         own = origin.port
-        named, other = (
-            self.make_web(backend.template, redirect_hosts=(host,))
-            for host in ("localhost", "example.org"))
+        named = self.make_web(backend.template, redirect_hosts=("localhost",))
         refused = OSError('redirected to ".*", which is not allowed$')
         table = [
             *((backend, location, 302, answer) for location, answer in (
@@ -5164,8 +5141,8 @@ class WebBackendTest(BackendCase):
                 "data:text/plain,x")),
             *((backend, "/there", status, "hi\n")
               for status in (301, 303, 307, 308)),
+            (named, f"http://127.0.0.2:{own}/there", 302, refused),
             (named, f"http://LOCALHOST:{own}/there", 302, "hi\n"),
-            (other, f"http://LOCALHOST:{own}/there", 302, refused),
             (backend, "", 302, OSError("more than 5 redirects$"))]
         for asked, location, status, answer in table:
             with self.subTest(location, status=status):
@@ -6061,17 +6038,12 @@ a8 = bob
                         f"{reply}\r\n" for reply in replies))
 
     def test_every_backend_is_asked_for_the_names(self):
-        asked: list[str] = []
-
-        def answer(user, timeout):
-            asked.append(user)
-            return user
-        backend = ("slow", TestBackend(answer))
-        with serving("[aliases]\nrota = Alice bob:x\n", [backend]) as server:
-            self.assertEqual(server.ask(b"ROTA\r\n"),
-                             b"Alice\r\n\r\nbob:x\r\n")
-            server.wait_log('q="ROTA" outcome=answered backend=slow')
-        self.assertEqual(asked, ["Alice", "bob:x"])
+        asked = mock.Mock(side_effect=lambda user, timeout: user)
+        server = self.serve("[aliases]\nrota = Alice bob:x\n",
+                            ("slow", TestBackend(asked)))
+        self.assertEqual(server.ask(b"ROTA\r\n"), b"Alice\r\n\r\nbob:x\r\n")
+        self.assertEqual(asked.call_count, 2)
+        server.wait_log('q="ROTA" outcome=answered backend=slow')
 
     def test_refuses_aliases_that_cannot_be(self):
         wrong = "does not stand for 1 to 8 names; write these, without @"
@@ -6079,7 +6051,6 @@ a8 = bob
         chain = "".join(f"a{n} = a{n + 1}\n" for n in range(2000))
         table = (
             ("alice = alice bob", f":2: alice: {circle} (alice = alice)"),
-            ("A = b\nb = C\nc = a", f":2: a: {circle} (a = b = c = a)"),
             ("A = b\nb = C\nc = a", f":4: c: {circle} (c = a = b = c)"),
             ("x = y\ny = y", f":2: x: {circle} (x = y = y); cut it"),
             ("x =", f":2: x: {wrong}"), ("x = a@b", f":2: x: {wrong}"),
