@@ -4199,11 +4199,11 @@ class BackendCase(Case):
     """Makes backends; fails when one leaves a thread or descriptor behind."""
 
     def setUp(self):
-        self.enter(mock.patch.dict(os.environ))
+        # No certificates: to load all takes 50 ms.
+        self.enter(mock.patch.dict(os.environ, SSL_CERT_FILE=os.devnull))
         for name in list(os.environ):
             if name.lower().endswith("_proxy"):
                 del os.environ[name]
-        os.environ["SSL_CERT_FILE"] = os.devnull    # to load all takes 50 ms
         self.reports = []
         self.folder = tempfile.mkdtemp(prefix="fingerd-test-")
         self.addCleanup(shutil.rmtree, self.folder)
@@ -4222,8 +4222,8 @@ class BackendCase(Case):
     def make(self, kind, *args, **options):
         return kind(dict(defaults(kind), **options), self.report, *args)
 
-    def write_script(self, text, name="script", shell="#!/bin/sh\n"):
-        path = write_file(self.folder, name, shell + textwrap.dedent(text))
+    def write_script(self, text, shell="#!/bin/sh\n"):
+        path = write_file(self.folder, "script", shell + textwrap.dedent(text))
         os.chmod(path, 0o755)
         return path
 
@@ -4538,8 +4538,7 @@ class FingerBackendTest(BackendCase):
     def test_complains_of_bad_settings(self):
         none = ("begins neither with a program in /usr/local/bin:/usr/bin:/bin"
                 " nor with the path of one; install it, or correct its name")
-        plain = self.write_script("", "plain")
-        os.chmod(plain, 0o644)
+        plain = write_file(self.folder, "plain")
         self.assert_refused(FingerBackend, (
             *(({"command": command}, f'command: "{command}" {none}')
               for command in ("", "fingr -- {user}", "/nowhere/x {user}",
@@ -4941,7 +4940,7 @@ class WebBackendTest(BackendCase):
                 ("text/html", meta % b"'windows-1251'" + b"\xcf", "\u041f\n"),
                 ("text/html", b"<meta http-equiv='Content-Type' content="
                  b"'text/html; charset=koi8-r'>\xf0", "\u041f\n"),
-                (plain + "UTF-16", "\ufeffx\n".encode("utf-16-le"), "x\n"),
+                (plain + "UTF-16", b"\xff\xfex\0\n\0", "x\n"),
                 ("text/html", meta % b"UTF-16" + b"x", "x\n"),
                 ("text/html", b"<a href='/?charset=koi8-r'>\xf0", "\\xf0\n"),
                 ("text/html", b" " * 1024 + meta % b"koi8-r" + b"\xf0",
@@ -5088,9 +5087,8 @@ class WebBackendTest(BackendCase):
                 self.ask, self.make_web(url + "/~{user}"), "x", False, 0.4))
         with self.takes(0.4, 0.4 + PROMPT):
             errors = in_threads(jobs)
-        for number, error in enumerate(errors):
-            with self.subTest(number):
-                self.assertIsInstance(error, (TimeoutError, socket.timeout))
+        self.assertTrue(all(isinstance(error, (TimeoutError, socket.timeout))
+                            for error in errors), errors)
 
     def test_each_read_has_the_time_that_is_left(self):
         sock, file = mock.Mock(), mock.Mock(**{"readinto.return_value": 1})
@@ -5101,22 +5099,17 @@ class WebBackendTest(BackendCase):
         self.assertTrue(50 < after[1][0] < before[1][0] <= 60)
 
     def test_a_dead_address_does_not_starve_the_next(self):
-        def connect(address, timeout, real=socket.create_connection):
-            shares.append(round(timeout))
-            if address[0] == "127.0.0.1":
-                return real(address, timeout)
-            raise TimeoutError("timed out")
-
-        shares: list[int] = []
-        self.enter(mock.patch("socket.create_connection", connect))
-        self.answer_names_with(
-            lambda host: ("127.0.0.2", "127.0.0.1", "127.0.0.3"))
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            address = "test.invalid", server.getsockname()[1]
-            with fingerd_backends.dial(address, 60) as sock:
-                # A share is for each connect, not for the handshake.
-                self.assertGreater(sock.gettimeout(), 50)
-        self.assertEqual(shares, [20, 30])
+        self.answer_names_with(lambda host: "abc")
+        sock = mock.Mock()
+        connect = self.enter(mock.patch(
+            "socket.create_connection", side_effect=(TimeoutError, sock)))
+        self.assertIs(fingerd_backends.dial(("test.invalid", 80), 60), sock)
+        self.assertEqual(
+            [(*address, round(share))
+             for (address, share), _ in connect.call_args_list],
+            [("a", 80, 20), ("b", 80, 30)])
+        # A share is for each connect, not for the handshake.
+        self.assertGreater(sock.settimeout.call_args[0][0], 50)
 
     def test_follows_redirects_on_the_same_host_or_to_those_named(self):
         port = self.start_origin({"/~x": text_page("other port\n")}).port
@@ -5438,8 +5431,6 @@ class RemoteBackendTest(BackendCase):
                 backend.enter_chroot, "/srv", kind=ValueError)
         for host, wrong in (
                 ("", "host: is empty; write e.g. host = two.example.org"),
-                ("*", 'host: "*" is not a host; write e.g. host ='
-                      " two.example.org"),
                 ("two:x", 'host: "two:x" is not host:port or [v6'
                           " address]:port")):
             with self.assertRaisesRegex(fingerd.ConfigError,
@@ -5538,8 +5529,6 @@ class FilesBackendTest(BackendCase):
         os.truncate(write_file(self.folder, "alice", "huge\n"), 1 << 40)
         with self.takes():
             self.assertEqual(self.ask(backend, "alice"), "huge\n[truncated]\n")
-        os.remove(os.path.join(self.folder, "alice"))
-        self.assertIsNone(self.ask(backend, "alice"))
 
     def test_makes_a_list_of_first_lines_or_gives_the_index(self):
         backend = self.make_files({
@@ -5762,11 +5751,10 @@ class SqlBackendTest(BackendCase):
         self.assertEqual(config.backends[0][1].places._value, 7)
 
     def test_refuses_settings_that_cannot_be(self):
-        for name, style, safety in (("fake", "pyformat", 1), ("odd", "odd", 1),
-                                    ("unsafe", "qmark", 0)):
-            module: Any = types.SimpleNamespace(paramstyle=style,
-                                                threadsafety=safety)
-            self.enter(mock.patch.dict(sys.modules, {name: module}))
+        self.enter(mock.patch.dict(
+            sys.modules, odd=mock.Mock(paramstyle="odd"),
+            fake=mock.Mock(paramstyle="pyformat"),
+            unsafe=mock.Mock(threadsafety=0)))
         once = "once; write it where the name goes, and nowhere else"
         place = {"database": "/srv/people.db"}
         fake = {"module": "fake", "query": "SELECT %s"}
@@ -6002,7 +5990,8 @@ class AccountsBackendTest(BackendCase):
 # ---- Aliases ----------------------------------------------------------------
 
 class AliasesTest(ServerCase):
-    NAMES = """
+    def test_answers_for_each_name_behind_an_alias(self):
+        server = self.serve("""
 [server]
 user_list = yes
 [users]
@@ -6018,11 +6007,8 @@ short = moshez
 bob2 = bob bob
 eight = bob2 bob2 bob2 bob2
 a8 = bob
-""" + "".join(f"a{n} = a{n + 1}\n" for n in range(8))
-
-    def test_answers_for_each_name_behind_an_alias(self):
+""" + "".join(f"a{n} = a{n + 1}\n" for n in range(8)))
         staff = ["Bob", "Carol", "Happy", "No such user"]
-        server = self.serve(self.NAMES)
         for line, replies in {
                 "sales": staff[:2], "SALES": staff[:2], "staff": staff,
                 "short": ["Happy"], "bob2": ["Bob"] * 2, "bob": ["Bob"],
