@@ -1322,8 +1322,6 @@ class AnswerTest(ServerCase):
         welcome = "welcome = Ask for moshez\n   or alice\n"
         around = "[server]\nheader = above\nfooter = below\n"
         own = "[server]\nhostname = Finger.example.org\n"
-        with self.assertRaisesRegex(fingerd.ConfigError, "between 64 and "):
-            read_config("[limits]\nmax_reply = 63\n")
         least = "[limits]\nmax_reply = 64\n[users]\nlong = " + "x" * 63
         host = socket.gethostname().encode()
         for text, table in [
@@ -1505,8 +1503,7 @@ class BackendsTest(ServerCase):
         self.assertEqual(asked, ["u0", "patient"])
 
     @needs_more_addresses
-    def test_a_late_thread_gives_its_place_to_another_address_but_not_for_ever(
-            self):
+    def test_a_late_thread_gives_its_place_to_others_but_not_for_ever(self):
         backend, server = self.serve_held(
             "[limits]\nmax_threads = 1\n" + USERS)
 
@@ -1598,8 +1595,7 @@ class BackendsTest(ServerCase):
             each.close()
         self.assertTrue(server.server.ended.wait(HANG))
 
-    def test_a_thread_is_kept_for_the_next_client_and_ends_with_the_server(
-            self):
+    def test_a_thread_is_kept_for_the_next_and_ends_with_the_server(self):
         threads = []
 
         def note(user, timeout):
@@ -1645,30 +1641,20 @@ class ForwardTest(ServerCase):
         hop.wait_log('q="" outcome=list-denied')
         hop.wait_log('q="moshez@example.org"')
 
-    def ask_hop(self, said, limits):
-        """Forward to a server that says this; give the reply, and the log."""
-        def run():
+    def test_filters_and_cuts_what_the_next_hop_says_before_the_deadline(self):
+        def hop(parts):
             sock, _ = listener.accept()
             with sock, contextlib.suppress(OSError):
                 sock.recv(1000)
-                for part in said:
+                for part in parts:
                     sock.sendall(part)
-        with socket.create_server(("127.0.0.1", 0)) as listener, serving(
-                f"[limits]\n{limits}\n[server]\n"
-                f"forward = 127.1:{listener.getsockname()[1]}\n") as server:
-            hop = threading.Thread(target=run)
-            hop.start()
-            reply = server.ask(b"x@127.1\r\n")
-            server.wait_log("query")
-            hop.join(HANG)
-            return reply, server.log()
 
-    def test_filters_and_cuts_what_the_next_hop_says_before_the_deadline(self):
         def endless(part, pause):
             for _ in range(500):        # 36 MB, or 10 seconds
                 said.append(part)
                 time.sleep(pause)
                 yield part
+
         for parts, reply in [
                 ([b"\x1b[2J\x9b\n", b"x"], b"^[[2J\\x9b\r\nx\r\n"),
                 ([], b"\r\n"),
@@ -1676,10 +1662,17 @@ class ForwardTest(ServerCase):
                  b"\r\n0123456\r\n[truncated]\r\n"),
                 (endless(b"x", 0.02), FAILED)]:
             said: list[bytes] = []
-            got, log = self.ask_hop(parts, "timeout = 0.1" * (reply == FAILED))
+            limit = "timeout = 0.1" * (reply == FAILED)
+            with socket.create_server(("127.0.0.1", 0)) as listener, serving(
+                    f"[limits]\n{limit}\n[server]\nforward ="
+                    f" 127.1:{listener.getsockname()[1]}\n") as server:
+                _, got = in_threads([
+                    functools.partial(hop, parts),
+                    lambda: server.ask(b"x@127.1\r\n")])
+                if limit:
+                    server.wait_log(r'failed forward="?127\.1:\d+"? .*reason=')
             self.assertTrue(got.endswith(reply), got)
             self.assertLess(len(said), 250)
-        self.assertRegex(log[0], r'failed forward="?127\.1:\d+"? .*reason=')
 
     def test_does_not_ask_itself(self):
         for peer, own, ours in [
@@ -2892,8 +2885,7 @@ class ReloadTest(unittest.TestCase):
 
     @needs_root
     def test_warns_that_a_reload_cannot_read_the_config(self):
-        nobody = pwd.getpwnam("nobody")
-        uid, gid = nobody.pw_uid, nobody.pw_gid
+        uid, gid = pwd.getpwnam("nobody")[2:4]
         as_root = ["--user", "root"]
         with installed() as program:
             path, folder = program.config, program.directory
@@ -3211,37 +3203,35 @@ class PrivilegesTest(unittest.TestCase):
 
     def test_becomes_nobody_for_good(self):
         host = f"127.79.{os.getpid() % 250 + 1}.2"
-        nobody = pwd.getpwnam("nobody")
+        uid, gid = pwd.getpwnam("nobody")[2:4]
         with background("[server]\nbackend = users finger\n[finger]\n"
                         "command = /usr/bin/id -u\n" + USERS,
                         "--listen", f"{host}:79") as program:
             for name, reply in [(b"moshez", HAPPY),
-                                (b"x", b"%d\r\n" % nobody.pw_uid)]:
+                                (b"x", b"%d\r\n" % uid)]:
                 self.assertEqual(ask((host, 79), name + b"\r\n"), reply)
-            uid, gid = str(nobody.pw_uid), str(nobody.pw_gid)
             for key, ids in [("Uid", [uid] * 4), ("Gid", [gid] * 4),
                              ("Groups", [gid])]:
-                self.assertEqual(program.status(key), ids)
+                self.assertEqual([*map(int, program.status(key))], ids)
             for key in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
                 self.assertEqual(int(program.status(key)[0], 16), 0)
             self.assertEqual(program.status("NoNewPrivs"), ["1"])
             info = os.stat(program.log_path)
-            self.assertEqual((info.st_uid, info.st_gid),
-                             (nobody.pw_uid, nobody.pw_gid))
+            self.assertEqual((info.st_uid, info.st_gid), (uid, gid))
             program.wait_log(" ready .* user=nobody pid=")
 
     def test_takes_the_group_of_a_user(self):
-        entry, nobody = pwd.getpwnam("daemon"), pwd.getpwnam("nobody")
-        for user, group, ids in [
-                ("", "", ("nobody", nobody.pw_uid, nobody.pw_gid)),
-                ("root", "", ("root", 0, 0)),
-                ("daemon", "", ("daemon", entry.pw_uid, entry.pw_gid)),
-                ("daemon", "nogroup", ("daemon", entry.pw_uid,
-                                       grp.getgrnam("nogroup").gr_gid)),
-                ("54321", "54322", ("54321", 54321, 54322)),
-                ("54321", "", ("54321", 54321, nobody.pw_gid))]:
+        uid, gid = pwd.getpwnam("daemon")[2:4]
+        nobody = pwd.getpwnam("nobody")[2:4]
+        nogroup = grp.getgrnam("nogroup").gr_gid
+        for user, group, *ids in [
+                ("", "", *nobody), ("root", "", 0, 0),
+                ("daemon", "", uid, gid), ("daemon", "nogroup", uid, nogroup),
+                ("54321", "54322", 54321, 54322),
+                ("54321", "", 54321, nobody[1])]:
             config = read_config("", {"user": user, "group": group})
-            self.assertEqual(fingerd.choose_ids(config.daemon), ids)
+            self.assertEqual(fingerd.choose_ids(config.daemon),
+                             (user or "nobody", *ids))
 
     def test_works_inside_an_empty_chroot(self):
         origin = Origin({"/~carol": text_page("Carol's page\n")})
@@ -3307,11 +3297,7 @@ class PrivilegesTest(unittest.TestCase):
                                 f"command = {command} {{user}}\n",
                                 {"chroot": chroot})
 
-    def test_a_query_from_the_command_line_gives_up_the_same_rights(self):
-        with config_file("[server]\nbackend = finger\n[finger]\n"
-                         "command = /usr/bin/id -u\n") as path:
-            self.assertEqual(run_fingerd("--config", path, "--query", "x"),
-                             (0, f"{pwd.getpwnam('nobody').pw_uid}\n", ""))
+    def test_a_query_from_the_command_line_is_answered_in_the_chroot(self):
         with config_file("[server]\nbackend = files\n[files]\n"
                          "directory = /\n") as path:
             root = os.path.dirname(path)
@@ -3532,8 +3518,9 @@ class ServiceManagerTest(unittest.TestCase):
             self.assertEqual(program.run("--stop"), (0, "", ""))
             connect(address).close()    # systemd goes on listening
 
-    def test_refuses_a_passed_descriptor_that_is_no_listening_socket(self):
-        with socket.socket() as tcp, open(os.devnull) as null, \
+    def test_refuses_what_is_no_listening_socket_and_no_connection(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener, \
+                socket.socket() as tcp, open(os.devnull) as null, \
                 socket.socket(socket.AF_UNIX) as unix:
             unix.bind("")
             unix.listen()
@@ -3543,6 +3530,13 @@ class ServiceManagerTest(unittest.TestCase):
                                 **self.passing(file)),
                     (1, "", "fingerd: LISTEN_FDS: descriptor 3 is not a"
                             " listening TCP socket; write ListenStream=79\n"))
+            for stdin in (null, listener, unix):
+                status, out, err = run_fingerd(
+                    "--inetd", "--config", str(EXAMPLE), stdin=stdin)
+                self.assertEqual((status, out), (1, ""))
+                self.assertRegex(
+                    err, "^fingerd: --inetd: standard input is not a"
+                    " connection: .*; have inetd start it\n$")
 
     def test_lines_for_the_journal_carry_their_priority(self):
         with installed("[web]\n" + USERS) as program:
@@ -3610,17 +3604,6 @@ class ServiceManagerTest(unittest.TestCase):
                         'query client=0.0.0.0 port=0 q="" outcome=gone'
                         " backend=- bytes=0 ms=", pathlib.Path(path).with_name(
                             "log").read_text())
-
-    def test_says_that_inetd_is_missing(self):
-        with socket.create_server(("127.0.0.1", 0)) as listener, \
-                socket.socket(socket.AF_UNIX) as other:
-            for stdin in (subprocess.DEVNULL, listener, other):
-                status, out, err = run_fingerd(
-                    "--inetd", "--config", str(EXAMPLE), stdin=stdin)
-                self.assertEqual((status, out), (1, ""))
-                self.assertRegex(
-                    err, "^fingerd: --inetd: standard input is not a"
-                    " connection: .*; have inetd start it\n$")
 
 
 class BundleTest(Case):
@@ -3920,13 +3903,9 @@ class LoneCopyTest(unittest.TestCase):
                  ['2: backend: "web" cannot be used: fingerd.py is version'
                   f" {fingerd.__version__}, but fingerd_backends.py is 0.9;"
                   " copy both from one release, or write backend = users"]),
-                (broken, "[server]\nbackend = web\nuser_list = x\n[webb]\n"
-                 "[limit]\n",
+                (broken, "[server]\nbackend = web\n[webb]\n",
                  [f'2: backend: "web" {why}, or write backend = users',
-                  '3: user_list: "x" is not one of yes, true, on, 1, no,'
-                  " false, off, 0; write e.g. user_list = no",
-                  f"4: [webb]: {why}, or remove the section",
-                  "5: [limit]: no such section; did you mean [limits]?"])]:
+                  f"3: [webb]: {why}, or remove the section"])]:
             with self.subTest(text=text), config_file(text) as path:
                 count = f"{len(errors)} error" + "s" * (len(errors) > 1)
                 self.assertEqual(
