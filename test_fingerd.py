@@ -4300,8 +4300,7 @@ class NamePatternContract(BackendContract):
     def test_a_name_fits_the_whole_pattern_or_no_source_is_asked(self):
         backend = self.make_known()
         for name in HOSTILE_NAMES:
-            with self.subTest(name):
-                self.assertIsNone(self.ask(backend, name))
+            self.assertIsNone(self.ask(backend, name), name)
         self.assertEqual(self.times_asked(), 0)
         backend = self.make_known(pattern="-.*|x+")
         for name, asked in (("-l", 0), ("x" * 65, 0), ("x" * 64, 1)):
@@ -4362,21 +4361,19 @@ class FilesContractTest(BackendContract):
 class SqlContractTest(BackendContract):
     late = "timed out|interrupted"
 
-    def setUp(self):
-        super().setUp()
+    def make_known(self, listed=False, **options):
         self.addCleanup(gc.collect)     # an exception keeps its connection
-        self.path = os.path.join(self.folder, "known.db")
-        make_database(self.path, """
-            CREATE VIEW people AS SELECT 'bob' AS name, 'I am bob.' AS text
+        path = os.path.join(self.folder, "known.db")
+        make_database(path, """
+            CREATE VIEW IF NOT EXISTS people AS
+                SELECT 'bob' AS name, 'I am bob.' AS text
                 UNION ALL SELECT 'alice', 'I am alice.\n'
                 UNION ALL SELECT 'broken', abs(-9223372036854775808)
                 UNION ALL SELECT 'slow', (WITH RECURSIVE t(n) AS (
                     SELECT 1 UNION ALL SELECT n + 1 FROM t)
                     SELECT count(*) FROM t);
             """)
-
-    def make_known(self, listed=False, **options):
-        return self.make(SqlBackend, database=self.path,
+        return self.make(SqlBackend, database=path,
                          list_query="VALUES ('alice'), ('bob')" * listed)
 
 
@@ -4503,11 +4500,9 @@ class FingerBackendTest(BackendCase):
             "'a {user} b' --name={user} {user}{user} {0} %s", pattern=".*")
         for name in ("$(id)", "`id`;id", "it's", '"', "*", "{user}", "a\\b",
                      "h\u00e9"):
-            with self.subTest(name):
-                self.assertEqual(
-                    self.ask(backend, name),
-                    "<a %s b>\n<--name=%s>\n<%s%s>\n<{0}>\n<%%s>\n"
-                    % ((name,) * 4))
+            self.assertEqual(
+                self.ask(backend, name), f"<a {name} b>\n<--name={name}>\n"
+                f"<{name}{name}>\n<{{0}}>\n<%s>\n")
 
     def test_complains_of_bad_settings(self):
         none = ("begins neither with a program in /usr/local/bin:/usr/bin:/bin"
@@ -5119,16 +5114,13 @@ class WebBackendTest(BackendCase):
         self.assertEqual(origin.asked, ["/~x"] * 6)
 
     def test_tls_is_verified_and_never_left(self):
-        plain = self.start_origin({"/there": text_page("plain\n")})
         secure, backend = self.start_web({
             "/~x": text_page("hi\n"), "/there": text_page("safe\n"),
-            "/~other": (302, {"Location": plain.url + "/there"}, b""),
             "/~same": (302, {"Location": "/there"}, b"")},
             tls=self.trust_test_cert())
         secure.pages["/~down"] = (302, {
             "Location": f"http://127.0.0.1:{secure.port}/there"}, b"")
         for user, answer in (("x", "hi\n"), ("same", "safe\n"),
-                             ("other", OSError("not allowed$")),
                              ("down", OSError("not allowed$"))):
             self.assert_answer(answer, self.ask, backend, user)
         self.answer_names_with(lambda host: ["127.0.0.1"])
@@ -5142,9 +5134,8 @@ class WebBackendTest(BackendCase):
         os.environ["SSL_CERT_FILE"] = os.devnull
         self.assert_fails("(?i)certificate.verify", self.ask,
                           self.make_web(secure.url + "/~{user}"), "x")
-        self.assertEqual(plain.asked, [])
-        self.assertEqual(secure.asked, ["/~x", "/~same", "/there", "/~other",
-                                        "/~down", "/~x"])
+        self.assertEqual(secure.asked,
+                         ["/~x", "/~same", "/there", "/~down", "/~x"])
 
     def test_uses_the_proxy_of_the_environment(self):
         proxy = self.start_origin({
@@ -5428,8 +5419,7 @@ class FilesBackendTest(BackendCase):
                      "x" * 65, "list.txt", "sub/file", "sub", "./alice",
                      self.folder + "/alice", "alice/", "\U00020000" * 64,
                      "alice\0", "\udcff"):
-            with self.subTest(name):
-                self.assertIsNone(self.ask(backend, name))
+            self.assertIsNone(self.ask(backend, name), name)
         self.assertEqual(self.ask(backend, "alice"), "")
         nowhere = self.make(FilesBackend, directory="/nowhere")
         for name in (".hidden", "alice.txt", "sub/file"):   # opens nothing
@@ -5588,12 +5578,11 @@ class SqlBackendTest(BackendCase):
         backend = self.make_sql()
         for name in ("' OR '1'='1", "'; DROP TABLE people; --", '"', "%", "?",
                      "_", "\\", "Gr\xfc\xdfe", "x" * 500):
-            with self.subTest(name):
-                self.assertIsNone(self.ask(backend, name))
-                with contextlib.closing(sqlite3.connect(self.path)) as other:
-                    other.execute("INSERT INTO people VALUES (?, '1')", [name])
-                    other.commit()
-                self.assertEqual(self.ask(backend, name), "1\n")
+            self.assertIsNone(self.ask(backend, name), name)
+            with contextlib.closing(sqlite3.connect(self.path)) as other:
+                other.execute("INSERT INTO people VALUES (?, '1')", [name])
+                other.commit()
+            self.assertEqual(self.ask(backend, name), "1\n", name)
 
     def test_answers_with_lines_for_rows_and_columns_and_only_reads(self):
         for query, answer in (
@@ -5799,10 +5788,9 @@ class AccountsBackendTest(BackendCase):
             local=fingerd.KINDS["networks"]("192.0.2.0/24 ::1"))
         for client, local in (("192.0.2.7", True), ("192.0.3.7", False),
                               ("::1", True), ("::2", False)):
-            with self.subTest(client):
-                text = backend.lookup("alice", False, client, HANG)
-                self.assertEqual(text.split("Name: \n")[1],
-                                 "Shell: /bin/sh\n" * local + "No Plan.\n")
+            text = backend.lookup("alice", False, client, HANG)
+            self.assertEqual(text.split("Name: \n")[1], "Shell: /bin/sh\n"
+                             * local + "No Plan.\n", client)
 
     def make_hidden(self):
         """Make accounts that nobody may see; give names, and options."""
