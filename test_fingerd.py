@@ -2075,20 +2075,15 @@ class LimitsTest(ServerCase):
         server.in_loop(stop)
         server.wait_log('q="big" outcome=gone', 2)
 
-    def test_loses_nothing_to_what_the_client_still_sends(self):
+    def test_what_a_client_still_sends_costs_it_nothing_or_is_cut_off(self):
         server = self.serve("[users]\nlong = " + "x" * 60_000)
         for _ in range(5):
-            self.assertEqual(
-                len(server.ask(b"long\r\n" + b"y" * 100_000)), 60_002)
-
-    def test_a_flood_behind_the_query_is_cut_off(self):
-        server = self.serve()
-        sock = self.connect(server, b"moshez\r\n")
-        self.assertEqual(read_all(sock), HAPPY)
+            sock = self.connect(server, b"long\r\n" + b"y" * 100_000)
+            self.assertEqual(len(read_all(sock)), 60_002)
         with self.assertRaises(OSError):
             for _ in range(1000):
                 sock.sendall(b"y" * 65536)
-        wait_until(lambda: not server.server.hosts.total, "the close")
+        wait_until(lambda: server.server.hosts.total == 4, "the close")
 
     def test_takes_more_clients_in_a_row_when_more_are_waiting(self):
         server, listener = self.stopped(
@@ -2388,16 +2383,17 @@ class ProcessTest(unittest.TestCase):
 
     def test_ends_cleanly_on_many_of_both_signals(self):
         for number in (signal.SIGTERM, signal.SIGINT):
-            with daemon(fresh=number == signal.SIGTERM) as program:
+            with daemon(USERS, "--prefix", "who",
+                        fresh=number == signal.SIGTERM) as program:
                 self.assertEqual(ask(program.address, b"moshez\r\n"), HAPPY)
 
                 def has_ended():
                     program.process.send_signal(number)
                     return program.has_ended()
                 wait_until(has_ended, "the end")
-                program.wait_log(f"^fingerd: stopped signal={number.name}"
+                program.wait_log(f"^who: stopped signal={number.name}"
                                  r" queries=1 seconds=\d+$")
-                program.wait_log(r"^fingerd: ready listen=127\.0\.0\.1:\d+"
+                program.wait_log(r"^who: ready listen=127\.0\.0\.1:\d+"
                                  r" backend=users (user=nobody )?"
                                  rf"pid={program.pid}$")
 
@@ -2974,12 +2970,11 @@ class ReloadTest(unittest.TestCase):
                 r"counters seconds=\d+ queries=4 clients=\d lookups=0 "
                 r".*\bunknown=1 .*\bmalformed=1 .*\banswered=2 ")
             log = "\n".join(program.log())
-            for section, name, value in [
-                    ("limits", "timeout", "7"), ("server", "user_list", "no"),
-                    ("server", "listen", "127.0.0.1:0"),
-                    ("daemon", "daemonize", "yes")]:
-                self.assertIn(f"setting section={section} name={name}"
-                              f" value={value}\n", log)
+            for words in ("limits name=timeout value=7",
+                          "server name=user_list value=no",
+                          "server name=listen value=127.0.0.1:0",
+                          "daemon name=daemonize value=yes"):
+                self.assertIn(f"setting section={words}\n", log)
 
 
 class StatsTest(Case):
@@ -3708,39 +3703,28 @@ class CommandLineTest(unittest.TestCase):
                 (0, f"{path} is good\n",
                  'fingerd: backend name=picky text="is loud"\n'))
 
-    def test_warns_at_the_start_but_not_in_a_query(self):
-        with daemon(USERS + "[web]\n", "--prefix", "who") as program:
-            program.wait_log("^who: ready ")
-            self.assertRegex(program.log()[0],
-                             r"^fingerd: .*:7: \[web\]: is not used; add")
-            self.assertEqual(
-                run_fingerd("--config", program.config, "--query", "bob"),
-                (0, "No such user\n", ""))
-
     def test_prints_what_a_client_would_get(self):
-        with config_file("[server]\ndeny = ::ffff:192.0.2.0/120\n"
-                         + USERS) as path:
+        failed = "Internal error in server"
+        with config_file("[server]\ndeny = ::ffff:192.0.2.0/120\nbackend ="
+                         " users finger\n[finger]\ncommand = /bin/sh -c"
+                         " 'kill $$'\n[web]\n" + USERS) as path:    # not used
             for line, client, reply in [
                     ("/W moshez@localhost", "198.51.100.1", "Happy and well"),
                     ("-x", "::1", "No such user"),
                     ("", "::1", "Finger online user list denied"),
                     ("a\x1bb\udc80", "::1", "Malformed query"),
+                    ("bob", None, failed),
                     ("x" * 513, "::1", "Query too long"),
                     ("moshez", "192.0.2.7", "Access denied"),
                     ("moshez", "::ffff:192.0.2.7", "Access denied")]:
                 with self.subTest(line=line, client=client):
-                    self.assertEqual(
-                        run_fingerd("--config", path, "--query", line,
-                                    "--from", client),
-                        (0, reply + "\n", ""))
-
-    def test_query_has_a_status_for_a_failed_backend(self):
-        text = ("[server]\nbackend = web\n[web]\n"
-                "prefix = http://127.0.0.1:1/~\n")
-        with config_file(text) as path:
-            status, out, err = run_fingerd("--config", path, "--query", "x")
-        self.assertEqual((status, out), (1, "Internal error in server\n"))
-        self.assertRegex(err, "^fingerd: failed backend=web client=127")
+                    status, out, err = run_fingerd(
+                        "--config", path, "--query", line,
+                        *(["--from", client] if client else []))
+                    self.assertEqual((status, out),
+                                     (reply == failed, reply + "\n"))
+                    self.assertRegex(err, "^fingerd: failed backend=finger"
+                                     " client=127.0.0.1 " if status else "^$")
 
     def test_an_option_takes_any_value(self):
         for line, which in itertools.product(LINES, (0, -1)):
