@@ -4660,11 +4660,10 @@ class FingerBackendTest(BackendCase):
         backend = self.make_script(
             "case $1 in a) echo hi ;; b) exit 1 ;; c) sleep 60 ;; esac")
         self.addCleanup(signal.signal, signal.SIGCHLD, signal.SIG_DFL)
-        waitid = mock.patch.object(os, "waitid", create=True)
         for handler in (signal.SIG_IGN, signal.SIG_DFL):
             signal.signal(signal.SIGCHLD, handler)
             if handler == signal.SIG_DFL:
-                self.enter(waitid)
+                self.enter(mock.patch.object(os, "waitid", create=True))
                 del os.waitid
             self.assertEqual(self.ask(backend, "a"), "hi\n")
             self.assertIsNone(self.ask(backend, "b"))
@@ -4882,8 +4881,7 @@ class WebBackendTest(BackendCase):
                 (plain + "utf-8", b"h\xc3\xa9\n", "h\u00e9\n"),
                 ("text/plain", b"h\xc3\xa9\n", "h\u00e9\n"),
                 ("text/plain", b"\xef\xbb\xbfh\xe9\n", "h\\xe9\n"),
-                (plain + "ISO-8859-1", b"h\xe9 \x93x\x94\n",
-                 "h\u00e9 \u201cx\u201d\n"),
+                (plain + "ISO-8859-1", b"\xe9 \x93\n", "\u00e9 \u201c\n"),
                 (plain + "us-ascii", b"h\xe9\n", "h\u00e9\n"),
                 (plain + "ISO-8859-15", b"\xa4\n", "\u20ac\n"),
                 (plain + "Shift_JIS", b"\x93\xfa\n", "\u65e5\n"),
@@ -5270,7 +5268,6 @@ class WebBackendTest(BackendCase):
                       "redirect_hosts": (), setting: text}, print).lookup
                 for kind, setting, text in (
                     (FingerBackend, "command", "echo {user}"),
-                    (WebBackend, "prefix", "http://localhost:1/"),
                     *((WebBackend, "prefix", url) for url in sys.argv[1:]))]
             class Refuse:
                 def find_spec(self, name, *args):
@@ -5282,7 +5279,7 @@ class WebBackendTest(BackendCase):
                         print(ascii(lookup(user, False, "", 10)), end=" ")
                     except OSError as error:
                         print(type(error).__name__, end=" ")
-            """, origin.url + "/~", secure.url + "/~")
+            """, "http://localhost:1/", origin.url + "/~", secure.url + "/~")
         self.assertEqual(out.split(), [
             "'x\\n'", "'bad\\n'", "'away\\n'", *["OSError"] * 3, "'\\xe9\\n'",
             "OSError", "OSError", "'safe'", "None", "None"])
@@ -5342,11 +5339,10 @@ class RemoteBackendTest(BackendCase):
         backend = self.make(fingerd.RemoteBackend, host=("127.0.0.1", 0))
         asked: Any = (threading.Event(), [])
         backend.asked["x"] = asked
-        late = "the same was asked before, and got no answer"
-        self.assert_fails(late, self.ask, backend, "x", False, 0.01,
-                          kind=TimeoutError)
+        late = TimeoutError("the same was asked before, and got no answer")
+        self.assert_answer(late, self.ask, backend, "x", False, 0.01)
         asked[0].set()
-        self.assert_fails(late, self.ask, backend, "x", kind=TimeoutError)
+        self.assert_answer(late, self.ask, backend, "x")
         asked[1].append("here\n")
         self.assertEqual(self.ask(backend, "x"), b"here\r\n")
         self.assert_fails(".", self.ask, backend, "y")
@@ -5434,9 +5430,9 @@ class FilesBackendTest(BackendCase):
         write_file(self.folder, ".secret", "secret")
         os.mkfifo(path("fifo"))
         os.mkdir(path("directory"))
-        links = {"link": ".secret", "dangling": "nowhere", "loop": "loop",
-                 "zero": "/dev/zero", "tty": "/dev/tty"}
-        for name, target in links.items():
+        for name, target in (
+                ("link", ".secret"), ("dangling", "nowhere"), ("loop", "loop"),
+                ("zero", "/dev/zero"), ("tty", "/dev/tty")):
             os.symlink(target, path(name))
         with socket.socket(socket.AF_UNIX) as sock:
             sock.bind(path("socket"))
@@ -5472,10 +5468,8 @@ class FilesBackendTest(BackendCase):
             "Alice.txt": "Liddell\n", "empty": "", "long": "x" * 5000,
             ".hidden": "no", "b@c": "no", os.fsdecode(b"\xff"): "no"},
             list=True)
-        self.assertEqual(
-            self.list(backend),
-            "Alice  Liddell\nbob    Builder\nempty  \nlong   "
-            + "x" * 1000 + "\n")
+        self.assertEqual(self.list(backend), "Alice  Liddell\nbob    Builder\n"
+                         f"empty  \nlong   {'x' * 1000}\n")
         self.assert_fails("timed out", self.list, backend, False, 0,
                           kind=TimeoutError)
         backend = self.make_files(index="index", list=True)
@@ -5573,15 +5567,12 @@ class SqlBackendTest(BackendCase):
                 ("SELECT 'a', ?", "'a': a\n?: alice\n"),
                 ("SELECT 1 AS n, 2.5 AS x, NULL AS no, ? AS name",
                  "n: 1\nx: 2.5\nname: alice\n"),
-                ("SELECT ? UNION ALL SELECT 'b' UNION ALL SELECT NULL",
-                 "alice\nb\n"),
+                ("VALUES (?), ('b'), (NULL)", "alice\nb\n"),
                 ("SELECT 'a\n' || ? || '\n\n'", "a\nalice\n"),
                 ("SELECT '' WHERE 1 OR ?", "\n"),
-                ("SELECT X'47726fff' WHERE 1 OR ?", "Gro\\xff\n"),
-                ("SELECT CAST(X'47726fff' AS TEXT) WHERE 1 OR ?",
-                 "Gro\\xff\n"),
-                ("SELECT 'Gr\xfc\xdfe' AS \xe4 , ? AS n",
-                 "\xe4: Gr\xfc\xdfe\nn: alice\n"),
+                ("SELECT X'6fff' WHERE 1 OR ?", "o\\xff\n"),
+                ("SELECT CAST(X'6fff' AS TEXT) WHERE 1 OR ?", "o\\xff\n"),
+                ("SELECT '\xfc' AS \xe4 , ? AS n", "\xe4: \xfc\nn: alice\n"),
                 ("SELECT NULL, NULL WHERE 1 OR ?", None),
                 ("SELECT text FROM people WHERE name = 'x' || ?", None),
                 ("WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1"
@@ -5914,11 +5905,10 @@ class AccountsBackendTest(BackendCase):
             *(({"uids": text}, f'uids: "{text}" {uids}')
               for text in ("", "1000", "a-b", "1-2-3", "-5", "1-99999999999"))
         ))
-        with self.assertRaisesRegex(
-                fingerd.ConfigError, "chroot: hides the accounts; leave one"
-                " of them out\n"):
-            read_config("[server]\nbackend = accounts\n[daemon]\n"
-                        "chroot = /tmp\n")
+        with self.assertRaisesRegex(fingerd.ConfigError, "chroot: hides the"
+                                    " accounts; leave one of them out\n"):
+            read_config("[server]\nbackend = accounts\n"
+                        "[daemon]\nchroot = /tmp\n")
 
 
 # ---- Aliases ----------------------------------------------------------------
