@@ -4234,10 +4234,10 @@ class BackendCase(Case):
 # ---- What every backend does ----------------------------------------------
 
 HOSTILE_NAMES = (
-    "-l", "-", ".", "..", "/etc/passwd", "a/..", "%2e%2e", "a%2f..", "..;",
-    "a\\..\\b", "$(id)", "`id`", ";id", "|id", "a&b", "a?b=c", "a#b", "a:b",
-    "*", "~", "{user}", "%s", "\\x00", "'", '"', "\u202e", "x" * 500,
-    "\u65e5" * 170, ".a", "a b", "x" * 65, "a\n", "+", "")
+    "-l", "-", ".", "..", ".a", "/etc/passwd", "%2e%2e", "..;", "$(id)",
+    "`id`", ";id", "|id", "*", "~", "{user}", "%s", "\\x00", "'", '"',
+    "\u202e", "+", "x" * 65, "x" * 500, "\u65e5" * 170, "a\n", "",
+    *(f"a{sign}b" for sign in "/%;\\$`|&?#:*~'\"{} "))
 
 
 class BackendContract(BackendCase):
