@@ -3477,7 +3477,8 @@ class ServiceManagerTest(unittest.TestCase):
             sock.bind("")       # Linux makes an abstract name
             name = "@" + sock.getsockname()[1:].decode()
             for period, usec, pid in [
-                    (0.1, "200000", os.getpid()), (math.inf, "200000", 1),
+                    (0.1, "200000", os.getpid()),
+                    (math.inf, "200000", 2 ** 22),
                     (math.inf, "2e5", os.getpid()),
                     (math.inf, "0", os.getpid())]:
                 with mock.patch.dict(
