@@ -4884,6 +4884,7 @@ class WebBackendTest(BackendCase):
                 ("text/plain", b"\xef\xbb\xbfh\xe9\n", "h\\xe9\n"),
                 (plain + "ISO-8859-1", b"\xe9 \x93\n", "\u00e9 \u201c\n"),
                 (plain + "us-ascii", b"h\xe9\n", "h\u00e9\n"),
+                (plain + "ISO-8859-2", b"\xb1\n", "\u0105\n"),
                 (plain + "ISO-8859-15", b"\xa4\n", "\u20ac\n"),
                 (plain + "Shift_JIS", b"\x93\xfa\n", "\u65e5\n"),
                 (html + "koi8-r", meta % b"cp1251" + b"\xf0", "\u041f\n"),
