@@ -5107,6 +5107,8 @@ class WebBackendTest(BackendCase):
         for user, answer in (("x", "hi\n"), ("same", "safe\n"),
                              ("down", OSError("not allowed$"))):
             self.assert_answer(answer, self.ask, backend, user)
+        self.assert_fails("not allowed$", backend._follow, "http://127.0.0.1/",
+                          "HTTPS://127.0.0.1/", "http://127.0.0.1/")
         self.answer_names_with(lambda host: ["127.0.0.1"])
         for name, answer in (
                 ("test", "hi\n"), ("missing", OSError(
